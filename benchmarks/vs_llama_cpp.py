@@ -74,7 +74,7 @@ def ensure_files(folder: Path, llama_cpp: Path) -> tuple[Path, Mapping[str, Path
     plain = files["BF16"]
     if not plain.exists():
         unfinished = plain.with_suffix(".part")
-        write_gguf(model, unfinished, lambda _: GGMLQuantizationType.BF16, tokenizer_pre="qwen2")
+        write_gguf(model, unfinished, lambda _: GGMLQuantizationType.BF16, changed={"tokenizer.ggml.pre": "qwen2"})
         unfinished.rename(plain)
     for kind, path in files.items():
         if not path.exists():

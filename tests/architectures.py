@@ -37,6 +37,7 @@ _GROUPS = {"n_group": 2, "topk_group": 1}
 _ROUTED = {**_SOME_EXPERTS, **_GROUPS, "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _LATENT = {"head_dim": 8, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
            "qk_nope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+_PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8}
 _SCALED = {"embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -166,10 +167,34 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "sliding_window": 24,
         "intermediate_size": 64,
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size_per_layer_input": 8,
+        **_PER_LAYER_INPUT,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0, 0.0],
         "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        **_WIDE,
+        **_PER_LAYER_INPUT,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "sliding_window": 24,
+        "global_head_dim": 32,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_text-experts": {
+        **_WIDE,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 24,
+        "global_head_dim": 48,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "final_logit_softcapping": 30.0,
     },
     "falcon": {**_FALCON, "multi_query": True, "alibi": False},
     "falcon-new_decoder": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
@@ -177,6 +202,7 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 96, "n_layer": 2, "n_head": 6, "seq_length": CONTEXT},
     "mpt": {"vocab_size": VOCAB_SIZE, "d_model": 96, "n_layers": 2, "n_heads": 6, "max_seq_len": CONTEXT},
     "gptj": {**_GPT2_LIKE, "rotary_dim": 8},
+    "ctrl": {**_GPT2_LIKE, "dff": 96},
     "codegen": {**_GPT2_LIKE, "rotary_dim": 8},
     "gpt_neo": {
         "vocab_size": VOCAB_SIZE,
@@ -343,7 +369,10 @@ BY_BLOCKS = frozenset(
 BY_CHUNKS = frozenset({"nemotron_h-experts"})
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
 
-MULTIMODAL = ("gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
+MULTIMODAL = (
+    "gemma3", "gemma4", "gemma4_unified", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl",
+    "qwen3_vl_moe",
+)  # fmt: skip
 """Multimodal models whose text model must be served."""
 
 REFUSED: dict[str, dict[str, Any]] = {

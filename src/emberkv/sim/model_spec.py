@@ -165,6 +165,9 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _OTHER_STATE = ("kv_lora_rank", "linear_num_key_heads", "ssm_state_size", "mamba_d_state", "cross_attention_layers")
 """Keys of models whose cache is not keys and values of every token and head."""
 
+_LAYERS_DIFFER = ("global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_kv_shared_layers")
+"""Keys of models whose layers differ in heads, or share keys and values (Gemma 3n and 4)."""
+
 DEMO_NAME = "emberkv-demo"
 
 
@@ -172,7 +175,7 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     """Read a ``config.json``; that of a model for text and images by its text part.
 
     Raises ConfigError naming a key that is missing or no number, and UnsupportedModelError for models whose state is
-    not per-token keys and values.
+    not per-token keys and values, or differs from layer to layer.
     """
     text = config.get("text_config")
     found = {**text, **_quantisation_of(config)} if isinstance(text, Mapping) else dict(config)
@@ -181,6 +184,12 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     if others or kinds:
         raise UnsupportedModelError(
             f"{name} keeps other state than per-token keys and values ({', '.join([*others, *sorted(kinds)])})"
+        )
+    differing = [key for key in _LAYERS_DIFFER if found.get(key)]
+    if differing:
+        raise UnsupportedModelError(
+            f"{name} has layers that differ in heads or share keys and values ({', '.join(differing)}), which the "
+            "simulator does not compute; emberkv models and emberkv size read such a model's folder with its weights"
         )
     return _read(_Fields(name, found))
 

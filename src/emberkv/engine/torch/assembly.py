@@ -143,7 +143,7 @@ def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
     """
     geometry = loaded.geometry
     linear = 2.0 * weight_count(loaded.model) * block_size
-    per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
+    per_key = 4.0 * sum(shape.heads * shape.dim for shape in geometry.head_shapes()) * block_size
     size = float(geometry.block_bytes(loaded.dtypes.kv, block_size))
     return lambda position: EntryCost(size, linear + per_key * position * block_size)
 

@@ -118,7 +118,15 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def release_checkpoint(model: nn.Module) -> None:
-    """Copy what was not packed, so that nothing keeps the whole checkpoint file mapped into memory."""
+    """Copy what was not packed, so that nothing keeps the whole checkpoint file mapped into memory.
+
+    A buffer that a forward pass has made (CTRL's, of positions in the activations' type) is an inference tensor, whose
+    data cannot be exchanged: the module gets a copy instead.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_inference():
+                module._buffers[name] = buffer.clone()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
 

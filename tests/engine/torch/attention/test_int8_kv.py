@@ -36,13 +36,16 @@ def pool_of(
 
 
 class Text:
-    """Random queries, keys and values ``[tokens, heads, dim]`` of one sequence, in blocks at random places."""
+    """Random queries, keys and values ``[tokens, heads, dim]`` of one sequence, in blocks at random places.
 
-    def __init__(self, pool: KVPool, length: int, seed: int = 0) -> None:
+    layer: whose heads they have.
+    """
+
+    def __init__(self, pool: KVPool, length: int, seed: int = 0, layer: int = CALL.layer) -> None:
         generator = torch.Generator().manual_seed(seed)
-        geometry = pool.geometry
-        heads = geometry.num_heads, geometry.num_kv_heads, geometry.num_kv_heads
-        made = [torch.randn(length, n, geometry.head_dim, generator=generator) for n in heads]
+        shape = pool.geometry.head_shapes()[layer]
+        heads = shape.heads, shape.kv_heads, shape.kv_heads
+        made = [torch.randn(length, n, shape.dim, generator=generator) for n in heads]
         self.q, self.k, self.v = (each.to(pool.activations) for each in made)
         count = -(-length // pool.block_size)
         self.block_ids = random.Random(seed).sample(range(pool.num_blocks), count)
@@ -108,7 +111,7 @@ def test_the_kernels_store_the_bytes_that_torch_stores(
     text.compute(ours, kernels, CALL, [1])
     text.compute(theirs, None, CALL, [])
     assert torch.equal(ours.storage, theirs.storage)
-    keys, values = theirs.gather(theirs.gather_index(theirs.rows(text.block_ids))[CALL.layer])
+    keys, values = theirs.gather(CALL.layer, theirs.index_of(text.block_ids))
     for stored, given_values in ((keys, text.k), (values, text.v)):
         wanted = QuantisedHeads.of(given_values).values(dtype)
         torch.testing.assert_close(stored[: len(text)], wanted, rtol=0, atol=0, equal_nan=True)

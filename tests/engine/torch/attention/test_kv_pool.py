@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.attention.paged_attention import LayerCall, Run
+from emberkv.engine.torch.model.geometry import HeadShape, LayerGeometry, ModelGeometry
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, RequestError, UnknownLayerError
 from emberkv.tensors import TensorBytes, deserialize_tensor, to_json
 from tests.engine.conftest import ModelFactory
-from tests.engine.torch.attention.test_int8_kv import CALL, Text, pool_of
+from tests.engine.torch.attention.test_int8_kv import CALL, Text, pool_of, step_of
+from tests.engine.torch.attention.test_paged_attention import expected
 
 
 def filled(paged: ModelFactory, dtype: torch.dtype) -> KVPool:
@@ -60,14 +62,46 @@ def test_layers_are_read_by_their_numbers_in_the_model() -> None:
     pool = KVPool(geometry, torch.float32, 4, 4, torch.device("cpu"))
     pool.storage.copy_(torch.randn(pool.storage.shape))
     keys, values = map(of_numbers, pool.read_layer([2], 3))
-    assert torch.equal(keys, pool.storage[2, 1, 0])
-    assert torch.equal(values, pool.storage[2, 1, 1])
+    assert torch.equal(keys, pool.keys_and_values[1][2, 0])
+    assert torch.equal(values, pool.keys_and_values[1][2, 1])
     assert [each.shape for each in pool.read_layer([], 1)] == [(0, 2, 16)] * 2
     for layer in (2, 4):
         with pytest.raises(RequestError, match=rf"layer {layer} has no attention, .* are 1, 3"):
             pool.read_layer([2], layer)
     with pytest.raises(UnknownLayerError, match="layer is 5; the model has layers 0 to 4"):
         pool.read_layer([], 5)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_layers_of_other_heads_have_rows_of_their_own_size(
+    kernels: Kernels, dtype: torch.dtype, *, is_native: bool
+) -> None:
+    """The first and the last layer have the model's heads, and the one between has fewer and larger ones."""
+    usual, other = LayerGeometry(None, None, 1.0), LayerGeometry(None, None, 1.0, head_shape=HeadShape(4, 1, 20))
+    geometry = ModelGeometry(4, 2, 16, 10, 4096, (usual, other, usual))
+    pool = KVPool(geometry, dtype, 64, 16, torch.device("cpu"), torch.float32 if dtype is torch.int8 else dtype)
+    pool.packed = is_native
+    scales = 2 if dtype is torch.int8 else 0
+    row = [2 * (16 * dtype.itemsize + scales), 20 * dtype.itemsize + scales, 2 * (16 * dtype.itemsize + scales)]
+    assert pool.block_bytes == 16 * 2 * sum(row)
+    assert pool.layer_bytes == 16 * 2 * 32 * pool.activations.itemsize
+    texts = [Text(pool, 41, layer=layer) for layer in range(3)]
+    calls = [LayerCall(layer, 0.25, None, None) for layer in range(3)]
+    parts: list[list[torch.Tensor]] = [[], [], []]
+    for some in (slice(0, 32), slice(32, 41)):
+        run = Run(texts[0].block_ids, some.start, some.stop - some.start)
+        step = step_of(pool, kernels if is_native else None, [run])
+        for call, text, out in zip(calls, texts, parts, strict=True):
+            out.append(step.attend(call, text.q[some], text.k[some], text.v[some]))
+    tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
+    for layer, text in enumerate(texts):
+        stored = text.rounded() if dtype is torch.int8 else (text.k, text.v)
+        wanted = expected(calls[layer], text.q, *stored)
+        torch.testing.assert_close(torch.cat(parts[layer]).double(), wanted, rtol=tolerance, atol=tolerance)
+        read = [of_numbers(each)[:41] for each in pool.read_layer(text.block_ids, layer)]
+        assert all(torch.equal(ours.to(given), given) for ours, given in zip(read, stored, strict=True))
+    assert [each.shape for each in pool.read_layer([], 1)] == [(0, 1, 20)] * 2
 
 
 @pytest.mark.parametrize("is_native", [True, False])

@@ -225,8 +225,8 @@ def test_decode_reads_a_shared_prefix_for_all_members_at_once() -> None:
     sequences = family(pool, [24], [[3, 5]], torch.float32)
     step, ours, _ = decode(sequences, pool, LayerCall(0, 0.4, None, None), min_shared=16)
     (groups, buckets) = next(iter(step._layouts.values()))
-    assert groups[0].index.shape == (LAYERS, 2 * 24 // BLOCK)
-    assert sum(bucket.index.shape[1] for bucket in buckets) < 2 * 24 // BLOCK
+    assert groups[0].blocks.shape == (24 // BLOCK,)
+    assert sum(bucket.blocks.numel() for bucket in buckets) < 24 // BLOCK
     assert torch.isfinite(ours).all()
 
 
@@ -249,8 +249,7 @@ def test_layers_do_not_share_rows() -> None:
         ours = step.attend(LayerCall(layer, 0.4, None, None), sequence.q, sequence.k, sequence.v)
         close(ours, sequence.expected(LayerCall(layer, 0.4, None, None)), torch.float32)
     for layer, sequence in enumerate(sequences):
-        index = pool.gather_index(pool.rows([7, 0, 3]))[layer]
-        keys, values = pool.gather(index)
+        keys, values = pool.gather(layer, pool.index_of([7, 0, 3]))
         assert torch.equal(keys[:9], sequence.k)
         assert torch.equal(values[:9], sequence.v)
 

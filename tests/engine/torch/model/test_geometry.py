@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
-from emberkv.engine.torch.model.geometry import Window
+from emberkv.engine.torch.model.geometry import HeadShape, Window
 from emberkv.engine.torch.model.inspection import inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
@@ -65,14 +65,16 @@ def test_other_kinds_of_models_are_refused(model_type: str, settings: dict[str, 
         inspect_geometry(AutoConfig.for_model(model_type, **settings))
 
 
-def test_layers_of_different_shapes_are_refused() -> None:
-    config = AutoConfig.for_model(
-        "gemma4_text", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_kv_shared_layers=0, vocab_size=64,
-        vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="differ in heads or head size"):
-        inspect_geometry(config)
+def test_layers_have_heads_of_their_own(checkpoint: CheckpointFactory) -> None:
+    geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint("gemma4_text-experts")))
+    usual, other = HeadShape(4, 2, 16), HeadShape(4, 1, 48)
+    assert geometry.head_shapes() == [usual, other, other]
+    assert [layer.head_shape for layer in geometry.layers] == [None, other, other]
+    assert geometry.bytes_per_token(torch.bfloat16) == 2 * 2 * (2 * 16 + 48 + 48)
+    assert geometry.bytes_per_token(torch.int8) == 2 * (2 * (16 + 2) + 2 * (48 + 2))
+    shared = inspect_geometry(AutoConfig.from_pretrained(checkpoint("gemma4_text")))
+    assert shared.kv_layers() == [0, 1, 2, 1, 1, 2]
+    assert shared.kv_shapes() == [usual, usual, HeadShape(4, 2, 32)]
 
 
 def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: CheckpointFactory) -> None:

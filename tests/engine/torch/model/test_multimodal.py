@@ -20,6 +20,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14, "depth": 1, "num_heads": 2, "embed_dim": 32, "out_hidden_size": 64,
     "deepstack_visual_indexes": [0], "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    "num_key_value_heads": 2,
 }  # fmt: skip
 HYBRID = {name: value for name, value in ALSO_SUPPORTED["qwen3_5_text"].items() if "linear" in name or "layer" in name}
 THREE_AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -31,11 +32,17 @@ def write(model_type: str, folder: Path, **settings: Any) -> PreTrainedModel:
     changed = {name: value for name, value in TEXT.items() if name in usual["text_config"] or name == "head_dim"}
     if "_vl" in model_type:
         changed["rope_parameters"] = THREE_AXES
-    left_out = ("layer_types", "no_rope_layers", "moe_layers", "rope_parameters", "image_token_id")
+    if model_type.startswith("gemma4"):
+        changed |= ALSO_SUPPORTED["gemma4_text"]
+    left_out = (
+        "layer_types", "no_rope_layers", "moe_layers", "rope_parameters", "image_token_id", "per_layer_config"
+    )  # fmt: skip
     kept = {name: value for name, value in usual["text_config"].items() if name not in left_out}
     if model_type.startswith("qwen3_5"):  # its default for so few layers is none with attention
         changed |= {**HYBRID, "rope_parameters": {**THREE_AXES, "partial_rotary_factor": 0.5}}
     usual["text_config"] = kept | changed
+    if usual["vision_config"] is None:
+        usual["vision_config"] = AutoConfig.for_model(f"{model_type}_vision").to_dict()
     usual["vision_config"] |= {name: value for name, value in VISION.items() if name in usual["vision_config"]}
     usual.pop("model_type")
     config = AutoConfig.for_model(model_type, **usual | settings)

@@ -178,7 +178,7 @@ def stored(pool: KVPool, block_id: int) -> tuple[Tensor, Tensor]:
     """A block's keys and values, ``[block_size, kv_heads, dim]``, as in layout.hpp."""
     heads, dim, size = pool.geometry.num_kv_heads, pool.geometry.head_dim, pool.block_size
     pair = 4 // pool.storage.element_size()
-    keys, values = pool.storage[block_id, CALL.layer]
+    keys, values = pool.keys_and_values[CALL.layer][block_id]
     return (
         keys.reshape(heads, dim // pair, size, pair).permute(2, 0, 1, 3).reshape(size, heads, dim),
         values.reshape(heads, size // pair, dim, pair).permute(1, 3, 0, 2).reshape(size, heads, dim),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.model.geometry import ModelGeometry
+from emberkv.engine.torch.model.geometry import HeadShape, ModelGeometry
 from emberkv.errors import ConfigError
 
 _LARGEST = 127
@@ -23,9 +23,11 @@ def check_int8_kv(geometry: ModelGeometry, block_size: int) -> None:
         raise ConfigError(
             "--kv-dtype int8 does not take a model with short convolutions or recurrent layers: use --kv-dtype auto"
         )
-    if geometry.head_dim % 2 or block_size % 2:
+    odd = geometry.odd_head_dim()
+    if odd is not None or block_size % 2:
+        dim = odd or geometry.head_dim
         raise ConfigError(
-            f"--kv-dtype int8 takes heads and blocks of even size; here heads are of {geometry.head_dim} and blocks of "
+            f"--kv-dtype int8 takes heads and blocks of even size; here heads are of {dim} and blocks of "
             f"{block_size}: use --kv-dtype auto, or another --block-size"
         )
 
@@ -62,14 +64,14 @@ def _rounded_up(values: Tensor) -> Tensor:
 
 
 class Int8Rows:
-    """Views of the rows int8 ``[rows, bytes]`` of a pool: each has the keys, or the values, of a block in one layer.
+    """Views of int8 ``[rows, bytes]``: each row has the keys, or the values, of a block in one layer.
 
     Of each head, keys are ``[dim / 2, block_size, 2]`` and values ``[block_size / 2, dim, 2]``. Behind those of all
     heads are the scales, bf16 ``[kv_heads, block_size]``.
     """
 
-    def __init__(self, rows: Tensor, geometry: ModelGeometry, block_size: int) -> None:
-        heads, dim = geometry.num_kv_heads, geometry.head_dim
+    def __init__(self, rows: Tensor, shape: HeadShape, block_size: int) -> None:
+        _, heads, dim = shape
         integers = rows[:, : heads * dim * block_size]
         self._size = block_size
         keys = integers.view(-1, heads, dim // 2, block_size, 2)

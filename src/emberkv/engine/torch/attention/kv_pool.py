@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.torch.attention.int8_kv import Int8Rows, check_int8_kv
-from emberkv.engine.torch.model.geometry import ModelGeometry
+from emberkv.engine.torch.model.geometry import HeadShape, ModelGeometry, key_bytes
 from emberkv.errors import ConfigError, RequestError, UnknownLayerError
 from emberkv.tensors import TensorBytes
 
@@ -32,14 +32,16 @@ class Scratch:
 
 
 class KVPool:
-    """KV state of type ``dtype``. storage: ``[blocks, KV layers, 2, block_size, kv_heads, head_dim]``.
+    """KV state of type ``dtype``. A block holds, layer by layer, its tokens' keys and then their values.
 
     KV layers are those with keys and values of their own; ``kv_layers`` says which of them each of the model's layers
-    with attention attends over.
+    with attention attends over, and ``shapes`` the heads of each. Layers may differ in their heads.
 
-    blocks: all of each block, ``[blocks, values]``: its keys and values, and behind them, in whole rows, the state that
-    layers have after the last token that was computed into it. matrices and convolved: views of that, by the layer's
-    number in the model: fp32 ``[blocks, heads, depth, width]``, and ``[blocks, columns, channels]`` in ``dtype``.
+    blocks: all of each block, ``[blocks, values]``: its keys and values, and behind them, filled up with zeros, the
+    state that layers have after the last token that was computed into it. The following are views of that. storage:
+    all keys and values. keys_and_values: those of each KV layer, ``[blocks, 2, block_size, kv_heads, head_dim]``.
+    matrices and convolved: the states, by the layer's number in the model: fp32 ``[blocks, heads, depth, width]``, and
+    ``[blocks, columns, channels]`` in ``dtype``.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply. In int8 these axes are one of bytes
@@ -47,9 +49,6 @@ class KVPool:
 
     activations: the type of the keys and values that are written and gathered; None: ``dtype``, as anything but int8
     needs it.
-
-    A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a KV
-    layer is ``2 * layer`` rows further, its V one more.
 
     scores: memory for attention scores, lent to one layer at a time. packed: whether the kernels compute.
     """
@@ -71,25 +70,36 @@ class KVPool:
         self.block_size = block_size
         self.device = device
         self.kv_layers = geometry.kv_layers()
-        row: tuple[int, ...] = (block_size, geometry.num_kv_heads, geometry.head_dim)
+        self.shapes = geometry.kv_shapes()
         if dtype is torch.int8:
             check_int8_kv(geometry, block_size)
-            row = (block_size * geometry.num_kv_heads * geometry.bytes_per_head(dtype),)
-        self._block_rows = geometry.rows_per_block(dtype, block_size)
-        self.blocks = torch.empty((num_blocks, self._block_rows * prod(row)), dtype=dtype, device=device)
-        self._row_view = self.blocks.view(num_blocks * self._block_rows, -1)
-        kv_values = geometry.num_kv_layers * 2 * prod(row)
-        self.storage = self.blocks[:, :kv_values].view(num_blocks, geometry.num_kv_layers, 2, *row)
+        values = geometry.block_bytes(dtype, block_size) // dtype.itemsize
+        self.blocks = torch.empty((num_blocks, values), dtype=dtype, device=device)
+        kv_values = block_size * geometry.bytes_per_token(dtype) // dtype.itemsize
+        self.storage = self.blocks[:, :kv_values]
+        widths = [2 * block_size * key_bytes(shape, dtype) // dtype.itemsize for shape in self.shapes]
+        self._rows = [part.unflatten(1, (2, -1)) for part in self.storage.split(widths, dim=1)]
+        self.keys_and_values = self._rows
+        self._int8: list[tuple[Int8Rows, Int8Rows]] | None = None
+        if dtype is torch.int8:
+            self._int8 = [self._int8_rows(part, shape) for part, shape in zip(self._rows, self.shapes, strict=True)]
+        else:
+            self.keys_and_values = [
+                part.unflatten(2, (block_size, shape.kv_heads, shape.dim))
+                for part, shape in zip(self._rows, self.shapes, strict=True)
+            ]
         self.matrices: dict[int, Tensor] = {}
         self.convolved: dict[int, Tensor] = {}
         self._find_states(self.blocks[:, kv_values:])
-        self._token_view = self._row_view.view(self._row_view.shape[0] * block_size, -1)
-        self._int8 = Int8Rows(self._row_view, geometry, block_size) if dtype is torch.int8 else None
-        self._layer_offsets = torch.arange(geometry.num_kv_layers * 2, device=device).view(-1, 2, 1)
         self._gathered = Scratch(device)
         self._by_head = Scratch(device)
         self.scores = Scratch(device)
         self.packed = False
+
+    def _int8_rows(self, part: Tensor, shape: HeadShape) -> tuple[Int8Rows, Int8Rows]:
+        """Of keys and of values: ``[blocks, 2, bytes]`` of a layer."""
+        keys, values = (Int8Rows(each, shape, self.block_size) for each in part.unbind(1))
+        return keys, values
 
     def _find_states(self, behind: Tensor) -> None:
         """Of what lies ``behind`` keys and values. What is not used is zero, as equal blocks are equal bit by bit."""
@@ -142,9 +152,9 @@ class KVPool:
 
     @property
     def layer_bytes(self) -> int:
-        """Of the keys and values that `read_layer` gives of one block."""
-        geometry = self.geometry
-        return 2 * self.block_size * geometry.num_kv_heads * geometry.head_dim * self.activations.itemsize
+        """Of the keys and values that `read_layer` gives of one block, of the layer where they are the most."""
+        widest = max(shape.kv_heads * shape.dim for shape in self.shapes)
+        return 2 * self.block_size * widest * self.activations.itemsize
 
     def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views.
@@ -175,11 +185,11 @@ class KVPool:
         """
         kv_layer = self._kv_layer(layer)
         if not block_ids:
-            shape = 0, self.geometry.num_kv_heads, self.geometry.head_dim
-            none = TensorBytes(str(self.activations).removeprefix("torch."), shape, b"")
+            shape = self.shapes[kv_layer]
+            name = str(self.activations).removeprefix("torch.")
+            none = TensorBytes(name, (0, shape.kv_heads, shape.dim), b"")
             return none, none
-        index = self.gather_index(self.rows(list(block_ids)))[kv_layer]
-        keys, values = self.gather(index)
+        keys, values = self.gather(kv_layer, self.index_of(block_ids))
         if self.packed and self._int8 is None:
             keys, values = self._unpacked(keys, values)
         return _tensor_bytes(keys), _tensor_bytes(values)
@@ -200,7 +210,7 @@ class KVPool:
 
     def _unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What `gather` gives of blocks in the order of native/layout.hpp, in the usual order."""
-        heads, dim, size = self.geometry.num_kv_heads, self.geometry.head_dim, self.block_size
+        (heads, dim), size = keys.shape[1:], self.block_size
         pair = 1 if self.dtype is torch.float32 else 2
         by_unit = keys.reshape(-1, heads, dim // pair, size, pair).permute(0, 3, 1, 2, 4)
         by_token = values.reshape(-1, heads, size // pair, dim, pair).permute(0, 2, 4, 1, 3)
@@ -227,9 +237,9 @@ class KVPool:
             taken = self.blocks.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
             self.blocks.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
 
-    def rows(self, block_ids: list[int]) -> Tensor:
-        """Each block's first row, int64 ``[len(block_ids)]``."""
-        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * self._block_rows
+    def index_of(self, block_ids: Sequence[int]) -> Tensor:
+        """int64 ``[len(block_ids)]`` on the pool's device."""
+        return torch.tensor(block_ids, dtype=torch.int64, device=self.device)
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero whole blocks in which a first token is about to be written.
@@ -240,46 +250,44 @@ class KVPool:
         if block_ids:
             self.blocks.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
 
-    def gather_index(self, rows: Tensor) -> Tensor:
-        """The rows to copy for each KV layer, int64 ``[KV layers, 2 * rows]``: all K, then all V."""
-        return (self._layer_offsets + rows.reshape(-1)).view(self.geometry.num_kv_layers, -1)
+    def gather(self, kv_layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a KV layer, ``[blocks * block_size, kv_heads, head_dim]`` each; valid until the next gather.
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V, ``[rows * block_size, kv_heads, head_dim]`` each; valid until the next gather.
-
-        index: one layer's entry of `gather_index`.
+        blocks: of `index_of`.
         """
-        out = self._gathered.take((index.numel(), self._row_view.shape[1]), self.dtype)
-        torch.index_select(self._row_view, 0, index, out=out)
+        rows, shape = self._rows[kv_layer], self.shapes[kv_layer]
+        out = self._gathered.take((2, blocks.numel(), rows.shape[2]), self.dtype)
+        for target, source in zip(out, rows.unbind(1), strict=True):
+            torch.index_select(source, 0, blocks, out=target)
         if self._int8 is not None:
-            of_keys, of_values = (Int8Rows(each, self.geometry, self.block_size) for each in out.chunk(2))
+            of_keys, of_values = (Int8Rows(each, shape, self.block_size) for each in out)
             return of_keys.keys().values(self.activations), of_values.values().values(self.activations)
-        keys, values = out.view(2, -1, self.geometry.num_kv_heads, self.geometry.head_dim).unbind(0)
+        keys, values = out.view(2, -1, shape.kv_heads, shape.dim).unbind(0)
         return keys, values
 
-    def gather_heads(self, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def gather_heads(self, kv_layer: int, blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """K and V, ``[kv_heads, count, head_dim]`` each: what `gather` gives, cut or filled with zeros."""
-        gathered = self.gather(index)
-        shape = (2, self.geometry.num_kv_heads, count, self.geometry.head_dim)
-        out = self._by_head.take(shape, self.activations)
+        gathered, shape = self.gather(kv_layer, blocks), self.shapes[kv_layer]
+        out = self._by_head.take((2, shape.kv_heads, count, shape.dim), self.activations)
         for target, source in zip(out, gathered, strict=True):
             present = min(count, source.shape[0])
             target[:, :present] = source[:present].transpose(0, 1)
             target[:, present:] = 0
         return out[0], out[1]
 
-    def write_index(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """int64 ``[KV layers, 2, tokens]``: where tokens go that are at ``offsets`` within the blocks of ``rows``."""
-        return (self._layer_offsets + rows) * self.block_size + offsets
+    def write(self, kv_layer: int, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``[tokens, kv_heads, head_dim]`` of a KV layer.
 
-    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store ``[tokens, kv_heads, head_dim]`` of one layer at that layer's entry of `write_index`."""
+        blocks, offsets: int64 ``[tokens]``, each token's block and its place within that.
+        """
         if self._int8 is not None:
-            self._int8.write_keys(index[0] // self.block_size, index[0] % self.block_size, keys)
-            self._int8.write_values(index[1] // self.block_size, index[1] % self.block_size, values)
+            of_keys, of_values = self._int8[kv_layer]
+            of_keys.write_keys(blocks, offsets, keys)
+            of_values.write_values(blocks, offsets, values)
             return
-        self._token_view.index_copy_(0, index[0], keys.reshape(keys.shape[0], -1))
-        self._token_view.index_copy_(0, index[1], values.reshape(values.shape[0], -1))
+        of_keys, of_values = self.keys_and_values[kv_layer].unbind(1)
+        of_keys.index_put_((blocks, offsets), keys)
+        of_values.index_put_((blocks, offsets), values)
 
 
 def tokens_of_pool(geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int) -> int:

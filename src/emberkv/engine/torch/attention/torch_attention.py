@@ -180,17 +180,18 @@ class PrefillStep(AttentionStep):
         self._tile = tile
         whole, rest = divmod(self._stop, pool.block_size)
         pool.clear(block_ids[whole : whole + 1] if rest else [])
-        rows = pool.rows(block_ids)
+        index = pool.index_of(block_ids)
         positions = torch.arange(start, self._stop, device=pool.device)
-        self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
-        self._rows = rows[: -(-self._stop // pool.block_size)]
+        self._written = index[positions // pool.block_size], positions % pool.block_size
+        self._blocks = index[: -(-self._stop // pool.block_size)]
         self._views: dict[Window | None, tuple[Tensor, int, list[_Tile]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._pool.write(self._write[self._pool.kv_layers[call.layer]], keys, values)
-        index, count, tiles = self._view(call.window)
+        kv_layer = self._pool.kv_layers[call.layer]
+        self._pool.write(kv_layer, *self._written, keys, values)
+        blocks, count, tiles = self._view(call.window)
         # One copy to head-major order costs far less than products over strided keys, tile after tile.
-        all_keys, all_values = self._pool.gather_heads(index[self._pool.kv_layers[call.layer]], count)
+        all_keys, all_values = self._pool.gather_heads(kv_layer, blocks, count)
         parts = [
             tile_attention(
                 self._filled(queries[tile.rows]),
@@ -234,7 +235,7 @@ class PrefillStep(AttentionStep):
                     )
                 )
             count = max(tile.keys.stop for tile in tiles)
-            self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), count, tiles
+            self._views[window] = self._blocks[gathered // size :], count, tiles
         return self._views[window]
 
     def _hidden(self, start: int, first: int, keys: int, window: Window | None) -> Tensor:
@@ -258,7 +259,7 @@ class _Shared:
     """Leading blocks common to some sequences, whose attention is computed once for all of them."""
 
     members: Tensor  # int64, indices into the batch
-    index: Tensor  # gather_index of the common blocks
+    blocks: Tensor  # the common ones, as of KVPool.index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +267,7 @@ class _Bucket:
     """Sequences attended over together, each over its own blocks padded to the longest."""
 
     members: Tensor  # int64, indices into the batch
-    index: Tensor  # gather_index, sequence after sequence
+    blocks: Tensor  # as of KVPool.index_of, sequence after sequence
     visible: Tensor  # bool [members, 1, 1, keys]
     mask: Tensor  # the same as an additive mask in the activations' dtype
     distances: Tensor  # int64 [members, 1, 1, keys], each key's position less the query's
@@ -289,11 +290,11 @@ class DecodeStep(AttentionStep):
         last = [table[(n - 1) // pool.block_size] for table, n in zip(block_tables, lengths, strict=True)]
         offsets = [(n - 1) % pool.block_size for n in lengths]
         pool.clear([block_id for block_id, offset in zip(last, offsets, strict=True) if offset == 0])
-        self._write = pool.write_index(pool.rows(last), torch.tensor(offsets, device=pool.device))
+        self._written = pool.index_of(last), torch.tensor(offsets, device=pool.device)
         self._layouts: dict[tuple[Window | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._pool.write(self._write[self._pool.kv_layers[call.layer]], keys, values)
+        self._pool.write(self._pool.kv_layers[call.layer], *self._written, keys, values)
         mergeable = has_partial_kernel(queries.device) and call.softcap is None and call.slopes is None
         shared, buckets = self._layout(call.window, mergeable)
         q = queries.unsqueeze(2)
@@ -320,7 +321,7 @@ class DecodeStep(AttentionStep):
         return partial_attention(queries, keys, values, call.scale, bucket.mask)
 
     def _bucket_kv(self, call: LayerCall, bucket: _Bucket) -> tuple[Tensor, Tensor]:
-        keys, values = self._pool.gather(bucket.index[self._pool.kv_layers[call.layer]])
+        keys, values = self._pool.gather(self._pool.kv_layers[call.layer], bucket.blocks)
         count = bucket.members.numel()
         heads, dim = keys.shape[1:]
         return (
@@ -330,7 +331,7 @@ class DecodeStep(AttentionStep):
 
     def _merge_shared(self, call: LayerCall, q: Tensor, group: _Shared, out: Tensor, lse: Tensor) -> None:
         """The members' queries against the common keys, as one long query axis of a batch of one."""
-        keys, values = self._pool.gather(group.index[self._pool.kv_layers[call.layer]])
+        keys, values = self._pool.gather(self._pool.kv_layers[call.layer], group.blocks)
         together = q[group.members].squeeze(2).transpose(0, 1).contiguous().unsqueeze(0)
         common, common_lse = partial_attention(
             together, keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0), call.scale
@@ -369,8 +370,8 @@ class DecodeStep(AttentionStep):
         shared: list[_Shared] = []
         if mergeable and not any(first_visible):
             for members, blocks in shared_prefixes(self._block_tables, self._lengths, size, self._min_shared):
-                rows = self._pool.rows(self._block_tables[members[0]][:blocks])
-                shared.append(_Shared(self._ids(members), self._pool.gather_index(rows)))
+                common = self._pool.index_of(self._block_tables[members[0]][:blocks])
+                shared.append(_Shared(self._ids(members), common))
                 for member in members:
                     first_block[member] = blocks
         blocks_of = [-(-n // size) - first for n, first in zip(self._lengths, first_block, strict=True)]
@@ -390,9 +391,9 @@ class DecodeStep(AttentionStep):
         mask = torch.zeros(visible.shape, dtype=self._pool.activations, device=device)
         mask.masked_fill_(~visible, float("-inf"))
         distances = at - (stop - 1).unsqueeze(1)
-        index = self._pool.gather_index(self._pool.rows(padded))
+        blocks = self._pool.index_of(padded)
         members_at = self._ids(members)
-        return _Bucket(members_at, index, visible[:, None, None], mask[:, None, None], distances[:, None, None])
+        return _Bucket(members_at, blocks, visible[:, None, None], mask[:, None, None], distances[:, None, None])
 
     def _ids(self, members: list[int]) -> Tensor:
         return torch.tensor(members, device=self._pool.device)

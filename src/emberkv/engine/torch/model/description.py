@@ -104,7 +104,7 @@ def describe_model(
         quantised_bytes=_quantised(source, shape, chosen),
         kv_bytes_per_token=-(-block_bytes // block_size),
         int8_kv_bytes_per_token=(
-            None if geometry.head_dim % 2 or geometry.states else geometry.bytes_per_token(torch.int8)
+            None if geometry.odd_head_dim() or geometry.states else geometry.bytes_per_token(torch.int8)
         ),
         state_bytes_per_block=block_bytes - geometry.bytes_per_token(chosen) * block_size,
         block_size=block_size,

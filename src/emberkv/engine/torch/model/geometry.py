@@ -35,6 +35,19 @@ KV_SCALE_BYTES = 2
 """Of the scale that the int8 keys, or values, of one token and KV head have: bf16."""
 
 
+class HeadShape(NamedTuple):
+    """Of a layer's attention. heads: of its queries. kv_heads: of its keys, and of its values. dim: values of each."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+def key_bytes(shape: HeadShape, kv_dtype: torch.dtype) -> int:
+    """Bytes of one token's keys, or values, in a layer: its heads' values, and in int8 a scale for each head."""
+    return shape.kv_heads * (shape.dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
     """One attention layer.
@@ -45,6 +58,7 @@ class LayerGeometry:
     sinks: whether each head has a further score, which has a weight in the softmax and no value.
     alibi: whether scores lose something for each token between query and key, of each head so much.
     shares: the earlier layer whose keys and values this one attends over in place of own ones; None: it has its own.
+    head_shape: its heads, where they are others than the model's; None: they are the model's.
     """
 
     window: Window | None
@@ -53,11 +67,14 @@ class LayerGeometry:
     sinks: bool = False
     alibi: bool = False
     shares: int | None = None
+    head_shape: HeadShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """All layers that keep state. Those with attention have the same heads, and keys are as wide as values.
+    """All layers that keep state. In each one with attention, keys are as wide as values.
+
+    num_heads, num_kv_heads, head_dim: of all layers that have no `LayerGeometry.head_shape` of their own.
 
     layers: those with attention. attending: their numbers among all of the model's layers; empty where all attend.
     states: of layers that keep a state of fixed size; a block holds it as it is after the block's last token.
@@ -102,29 +119,38 @@ class ModelGeometry:
             found.append(len(set(found)) if layer.shares is None else found[layer.shares])
         return found
 
+    def head_shapes(self) -> list[HeadShape]:
+        """Of each layer with attention."""
+        usual = HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)
+        return [layer.head_shape or usual for layer in self.layers]
+
+    def kv_shapes(self) -> list[HeadShape]:
+        """Of each layer with keys and values of its own."""
+        return [shape for shape, layer in zip(self.head_shapes(), self.layers, strict=True) if layer.shares is None]
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether some layers have other heads than the rest."""
+        return len(set(self.head_shapes())) > 1
+
+    def odd_head_dim(self) -> int | None:
+        """The size of a head that is odd; None where there is none."""
+        return next((shape.dim for shape in self.head_shapes() if shape.dim % 2), None)
+
     def bytes_per_token(self, kv_dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token takes over all layers."""
-        return 2 * self.num_kv_layers * self.num_kv_heads * self.bytes_per_head(kv_dtype)
-
-    def bytes_per_head(self, kv_dtype: torch.dtype) -> int:
-        """Bytes of one head's key, or value, of one token: its values, and in int8 their scale."""
-        return self.head_dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0)
+        return sum(2 * key_bytes(shape, kv_dtype) for shape in self.kv_shapes())
 
     def state_bytes(self, kv_dtype: torch.dtype) -> int:
         """Bytes of what all layers with a state keep after a token; 0 where none does."""
         return sum(each.matrix_bytes + each.convolved * kv_dtype.itemsize for each in self.states)
 
-    def rows_per_block(self, kv_dtype: torch.dtype, block_size: int) -> int:
-        """How many times a layer's keys of a block would fill it, the state being rounded up to that."""
-        return 2 * self.num_kv_layers + -(-self.state_bytes(kv_dtype) // self._row_bytes(kv_dtype, block_size))
-
     def block_bytes(self, kv_dtype: torch.dtype, block_size: int) -> int:
-        """Bytes of a block: keys and values of its tokens, and the state after the last one."""
-        return self.rows_per_block(kv_dtype, block_size) * self._row_bytes(kv_dtype, block_size)
-
-    def _row_bytes(self, kv_dtype: torch.dtype, block_size: int) -> int:
-        """Bytes of one layer's keys in a block."""
-        return block_size * self.num_kv_heads * self.bytes_per_head(kv_dtype)
+        """Bytes of a block: keys and values of its tokens, and the state after the last one, which is rounded up to a
+        multiple of what the first layer's keys take.
+        """
+        row = block_size * key_bytes(self.kv_shapes()[0], kv_dtype)
+        return block_size * self.bytes_per_token(kv_dtype) + -(-self.state_bytes(kv_dtype) // row) * row
 
     def default_block_size(self, kv_dtype: torch.dtype) -> int:
         """Tokens of a block unless ``--block-size`` says it.

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.torch.layers import expert_shapes, linear_parts, output_layer
 from emberkv.engine.torch.model.attention_interface import calls_interface, use_interface
-from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, Window
+from emberkv.engine.torch.model.geometry import HeadShape, LayerGeometry, ModelGeometry, Window
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.engine.torch.model.state_layers import StateGeometry, state_layers
@@ -106,6 +106,10 @@ class _Call:
     is_causal: bool
     has_mask: bool
     arguments: dict[str, Any]  # those that are set
+
+    @property
+    def head_shape(self) -> HeadShape:
+        return HeadShape(self.query_shape[1], self.key_shape[1], self.key_shape[3])
 
 
 _calls: ContextVar[list[_Call]] = ContextVar("_calls")
@@ -359,11 +363,10 @@ def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateG
         count = config.num_hidden_layers - len(others - set(attending))
         order = ", ".join(map(str, attending)) or "none"
         raise _refuse(config, f"its layers ({count}) attend not once each in order but: {order}")
-    if len({(call.query_shape, call.key_shape, call.value_shape) for call in calls}) != 1:
-        raise _refuse(config, "its layers differ in heads or head size")
-    first = calls[0]
-    if first.key_shape != first.value_shape:
-        raise _refuse(config, f"its keys {first.key_shape} and values {first.value_shape} differ in shape")
+    for call in calls:
+        if call.key_shape != call.value_shape:
+            raise _refuse(config, f"its keys {call.key_shape} and values {call.value_shape} differ in shape")
+    usual = calls[0].head_shape
     context = stated_context(config)
     if not context:
         raise _refuse(config, "its config gives no context length (max_position_embeddings)")
@@ -373,12 +376,12 @@ def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateG
             f"config.json gives a context of {limit} tokens; it must be from 1 to {_LONGEST_CONTEXT:,}"
         )
     return ModelGeometry(
-        num_heads=first.query_shape[1],
-        num_kv_heads=first.key_shape[1],
-        head_dim=first.key_shape[3],
+        num_heads=usual.heads,
+        num_kv_heads=usual.kv_heads,
+        head_dim=usual.dim,
         vocab_size=config.vocab_size,
         context_length=limit,
-        layers=tuple(_layer(config, call) for call in calls),
+        layers=tuple(_layer(config, call, usual) for call in calls),
         stated_context=int(context),
         states=states,
         ends_with_attention=all(each.layer < attending[-1] for each in states),
@@ -393,7 +396,7 @@ def _feed_forwards(config: PretrainedConfig) -> set[int]:
     return {layer for layer, kind in enumerate(kinds) if kind in _FEED_FORWARD_TYPES}
 
 
-def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
+def _layer(config: PretrainedConfig, call: _Call, usual: HeadShape) -> LayerGeometry:
     unknown = sorted(call.arguments.keys() - _HARMLESS_ARGUMENTS)
     if unknown:
         raise _refuse(config, f"its attention takes {', '.join(unknown)}")
@@ -410,8 +413,15 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     sinks = call.arguments.get("s_aux")
     if sinks is not None and sinks.shape != call.query_shape[1:2]:
         raise _refuse(config, f"layer {call.layer_idx} has sinks of shape {list(sinks.shape)}, not one a head")
-    alibi = "alibi_slopes" in call.arguments
-    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None, alibi, call.shares)
+    return LayerGeometry(
+        window,
+        call.arguments.get("softcap"),
+        float(scaling),
+        sinks=sinks is not None,
+        alibi="alibi_slopes" in call.arguments,
+        shares=call.shares,
+        head_shape=None if call.head_shape == usual else call.head_shape,
+    )
 
 
 def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:

@@ -18,7 +18,7 @@ from emberkv.engine.torch.attention.paged_attention import (
     Run,
     shared_prefixes,
 )
-from emberkv.engine.torch.model.geometry import Window
+from emberkv.engine.torch.model.geometry import HeadShape, Window
 from emberkv.engine.torch.native.kernels import TASK, AttentionCall, Kernels, type_number
 
 ROWS_PER_TASK = 64, 512
@@ -91,20 +91,15 @@ class NativeStep(AttentionStep):
         self._block_tables = np.repeat(np.array(tables, dtype=np.int32), counts)
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
-        self._plans: dict[tuple[Window | None, bool], _Plan] = {}
+        self._plans: dict[tuple[Window | None, HeadShape, bool], _Plan] = {}
+        self._shapes = pool.geometry.head_shapes()
         self._threads = torch.get_num_threads()
         self._call = self._prepared()
 
     def _prepared(self) -> AttentionCall:
-        geometry, storage = self._pool.geometry, self._pool.storage
-        element = storage.element_size()
         return AttentionCall(
-            block_bytes=storage.stride(0) * element,
-            value_bytes=storage.stride(2) * element,
+            block_bytes=self._pool.block_bytes,
             rows=self._rows,
-            heads=geometry.num_heads,
-            kv_heads=geometry.num_kv_heads,
-            dim=geometry.head_dim,
             block_size=self._pool.block_size,
             quantised=self._pool.dtype is torch.int8,
             threads=self._threads,
@@ -124,17 +119,19 @@ class NativeStep(AttentionStep):
         return self._wanted
 
     def plans(self, windows: abc.Sequence[Window | None]) -> tuple[list[AttentionCall], list[int]]:
-        """The attention of layers with these windows, but for what is a layer's own; and which of them each follows.
+        """The attention of all layers, which have these windows and the same heads, but for what is a layer's own; and
+        which of them each follows.
 
         They point into memory of this step and of the pool, which the next step overwrites.
         """
-        last = len(windows) - 1
+        last, shape = len(windows) - 1, self._shapes[0]
         keys = [(self._limited(window), layer == last and self._only_wanted) for layer, window in enumerate(windows)]
         calls: dict[tuple[Window | None, bool], AttentionCall] = {}
         for window, only_wanted in dict.fromkeys(keys):
-            self._follow(self._plan(window, only_wanted=only_wanted), window)
+            self._follow(self._plan(window, shape, only_wanted=only_wanted), window)
+            self._set_layer(0)
             calls[window, only_wanted] = AttentionCall.from_buffer_copy(self._call)
-        partials = self._partials(max(plan.num_partials for plan in self._plans.values())).data_ptr()
+        partials = self._partials(max(plan.num_partials for plan in self._plans.values()), shape).data_ptr()
         for call in calls.values():
             call.partials = partials
         places = {key: place for place, key in enumerate(calls)}
@@ -161,7 +158,8 @@ class NativeStep(AttentionStep):
         geometry = self._pool.geometry
         is_last = geometry.ends_with_attention and call.layer == geometry.num_layers - 1
         only_wanted = is_last and self._only_wanted
-        plan = self._plan(window, only_wanted=only_wanted)
+        shape = self._shapes[call.layer]
+        plan = self._plan(window, shape, only_wanted=only_wanted)
         if only_wanted:
             out = torch.zeros(queries.shape, dtype=queries.dtype)
             self.rows_left = RowsLeft(torch.tensor(self._wanted, dtype=torch.int64), queries.shape[0])
@@ -169,33 +167,39 @@ class NativeStep(AttentionStep):
             out = torch.empty(queries.shape, dtype=queries.dtype)
             out[self._rows :] = 0
         queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
-        native, storage = self._call, self._pool.storage
+        native = self._call
+        self._set_layer(call.layer)
         native.type = type_number(queries, keys, values, self._pool.activations)
         native.queries, native.keys, native.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
         native.query_row, native.query_head, _ = queries.stride()
         native.key_row, native.key_head, _ = keys.stride()
         native.value_row, native.value_head, _ = values.stride()
         native.out = out.data_ptr()
-        native.pool = storage.data_ptr() + self._pool.kv_layers[call.layer] * storage.stride(1) * storage.element_size()
         native.scale, native.softcap = call.scale, call.softcap or 0.0
         native.sinks = None if call.sinks is None else call.sinks.data_ptr()
         native.slopes = None if call.slopes is None else call.slopes.data_ptr()
         self._follow(plan, window)
-        native.partials = self._partials(plan.num_partials).data_ptr()
+        native.partials = self._partials(plan.num_partials, shape).data_ptr()
         self._kernels.attend(native)
         return out
 
-    def _partials(self, count: int) -> Tensor:
-        """Memory for so many rows' results over one span: weighted values, and their weights' maximum and sum."""
-        lanes, geometry = self._kernels.lanes, self._pool.geometry
-        width = -(-geometry.head_dim // lanes) * lanes + lanes
-        return self._pool.scores.take((count, geometry.num_heads, width), torch.float32)
+    def _set_layer(self, layer: int) -> None:
+        native, stored = self._call, self._pool.keys_and_values[self._pool.kv_layers[layer]]
+        native.heads, native.kv_heads, native.dim = self._shapes[layer]
+        native.pool, native.value_bytes = stored.data_ptr(), stored.stride(1) * stored.element_size()
 
-    def _plan(self, window: Window | None, *, only_wanted: bool) -> _Plan:
-        if (window, only_wanted) not in self._plans:
+    def _partials(self, count: int, shape: HeadShape) -> Tensor:
+        """Memory for so many rows' results over one span: weighted values, and their weights' maximum and sum."""
+        lanes = self._kernels.lanes
+        width = -(-shape.dim // lanes) * lanes + lanes
+        return self._pool.scores.take((count, shape.heads, width), torch.float32)
+
+    def _plan(self, window: Window | None, shape: HeadShape, *, only_wanted: bool) -> _Plan:
+        key = window, shape, only_wanted
+        if key not in self._plans:
             parts = list(self._wanted_parts()) if only_wanted else self._parts
-            self._plans[window, only_wanted] = self._make_plan(window, parts)
-        return self._plans[window, only_wanted]
+            self._plans[key] = self._make_plan(window, shape, parts)
+        return self._plans[key]
 
     def _wanted_parts(self) -> "Iterator[_Part]":
         at = 0
@@ -206,7 +210,7 @@ class NativeStep(AttentionStep):
             position = part.run.start + row - part.first_row
             yield _Part(replace(part.run, start=position, count=1), row, part.block_table)
 
-    def _make_plan(self, window: Window | None, parts: list[_Part]) -> _Plan:
+    def _make_plan(self, window: Window | None, shape: HeadShape, parts: list[_Part]) -> _Plan:
         span = self._kernels.span
         tasks: list[_Task] = []
         row_ids = list(range(self._rows))
@@ -219,14 +223,14 @@ class NativeStep(AttentionStep):
             partial.update(rows)
             for member in members:
                 shared_spans[member] = spans
-        tokens = self._tokens_per_task()
+        tokens = self._tokens_per_task(shape)
         for (run, row, table), shared in zip(parts, shared_spans, strict=True):
             for first in range(0, run.count, tokens):
                 count = min(tokens, run.count - first)
                 stop = run.start + first + count
                 begin = shared if window is None else window.first(run.start + first) // span
                 tasks.append(_Task(row + first, count, table, begin, -(-stop // span), stop, not shared))
-        pieces = self._threads // max(1, len(tasks) * self._pool.geometry.num_kv_heads)
+        pieces = self._threads // max(1, len(tasks) * shape.kv_heads)
         if pieces > 1 and window is None:
             partial.update(row + i for run, row, _ in parts for i in range(run.count))
             tasks = [part for task in tasks for part in task.split(pieces)]
@@ -237,11 +241,11 @@ class NativeStep(AttentionStep):
             num_partials += int(self._positions[row]) // span + 1
         return _Plan(np.array(tasks, dtype=TASK), np.array(row_ids, dtype=np.int32), partial_of, num_partials)
 
-    def _tokens_per_task(self) -> int:
+    def _tokens_per_task(self, shape: HeadShape) -> int:
         """As many as leave every thread something to do, within the limits."""
-        geometry, (least, most) = self._pool.geometry, ROWS_PER_TASK
-        share = -(-self._rows * geometry.num_heads // self._threads)
-        rows: int = min(most, max(least, share)) * geometry.num_kv_heads // geometry.num_heads
+        least, most = ROWS_PER_TASK
+        share = -(-self._rows * shape.heads // self._threads)
+        rows: int = min(most, max(least, share)) * shape.kv_heads // shape.heads
         return max(1, rows)
 
     def _shared_spans(self, parts: list[_Part]) -> list[tuple[list[int], int]]:

@@ -6,7 +6,7 @@
 //   block 0  | keys  | values  | keys  | values  | ...
 //   block 1  | keys  | values  | keys  | values  | ...
 //              ^ block_bytes from the keys of one block to those of the next one, value_bytes from keys to values;
-//                within them as in layout.hpp or layout_int8.hpp
+//                within them as in layout.hpp or layout_int8.hpp. Layers may differ in heads, and so in value_bytes.
 //
 // Block tables of all sequences of a pass, end to end; a row's position p is in block block_ids[start + p / block_size],
 // at p % block_size, where start is block_tables[row].

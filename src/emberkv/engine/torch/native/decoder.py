@@ -172,9 +172,8 @@ class NativeDecoder:
         )
 
     def _native_layer(self, index: int) -> DecoderLayer:
-        parts, geometry, storage = self._layers[index], self._pool.geometry.layers[index], self._pool.storage
+        parts, geometry = self._layers[index], self._pool.geometry.layers[index]
         query, key, value = parts.products if len(parts.products) == 3 else parts.products * 3
-        kv_layer = self._pool.kv_layers[index]
         layer = DecoderLayer(
             input_norm=parts.input_norm.call,
             feedforward_norm=parts.feedforward_norm.call,
@@ -184,7 +183,7 @@ class NativeDecoder:
             out=parts.out.call,
             gate_up=parts.pair.call,
             down=parts.down.call,
-            pool=storage.data_ptr() + kv_layer * storage.stride(1) * storage.element_size(),
+            pool=self._pool.keys_and_values[self._pool.kv_layers[index]].data_ptr(),
             scale=geometry.scaling,
             softcap=geometry.softcap or 0.0,
             rotary_dim=self._rotations[index].dim,
@@ -222,7 +221,7 @@ def find_decoder(model: Any, pool: KVPool, kernels: Kernels) -> NativeDecoder | 
     rotary, embedding = getattr(base, "rotary_emb", None), model.get_input_embeddings()
     layers = [_layer(module) for module in getattr(base, "layers", ())]
     found = [layer for layer in layers if layer is not None]
-    if len(found) != pool.geometry.num_layers or len(found) != len(layers):
+    if len(found) != pool.geometry.num_layers or len(found) != len(layers) or pool.geometry.heads_differ:
         return None
     if type(output) is not NativeLinear or type(norm) is not NativeRMSNorm or rotary is None:
         return None

@@ -377,7 +377,7 @@ def _on_cpu(loaded: LoadedModel) -> bool:
 
 def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:
     """Whether bf16 and int8 fill the pairs in which the pool holds them, of a head's and of neighbouring tokens'."""
-    return loaded.dtypes.kv is torch.float32 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
+    return loaded.dtypes.kv is torch.float32 or (block_size % 2 == 0 and loaded.geometry.odd_head_dim() is None)
 
 
 def find_kernels(
@@ -402,9 +402,10 @@ def find_kernels(
                 f"{loaded.device}"
             )
         if not _in_pairs(loaded, block_size):
+            dim = loaded.geometry.odd_head_dim() or loaded.geometry.head_dim
             raise KernelsError(
                 f"the C++ kernels take {dtype_name(loaded.dtypes.kv)} in heads and blocks of even size; here "
-                f"heads are of {loaded.geometry.head_dim} and blocks of {block_size}"
+                f"heads are of {dim} and blocks of {block_size}"
             )
         return Kernels.built(folder, on_compile)
     except KernelsError as error:
