@@ -44,7 +44,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
-    """A model's size: attention layers, heads of queries and of keys, elements a head, and bytes of its weights."""
+    """A model's size: attention layers, heads of queries and of keys, elements a head, and bytes of its weights.
+
+    Heads are those of the first layer, where layers differ in them.
+    """
 
     layers: int = 0
     heads: int = 0

@@ -78,14 +78,14 @@ class KVPool:
         kv_values = block_size * geometry.bytes_per_token(dtype) // dtype.itemsize
         self.storage = self.blocks[:, :kv_values]
         widths = [2 * block_size * key_bytes(shape, dtype) // dtype.itemsize for shape in self.shapes]
-        self._rows = [part.unflatten(1, (2, -1)) for part in self.storage.split(widths, dim=1)]
+        self._rows = [part.view(num_blocks, 2, -1) for part in torch.split(self.storage, widths, dim=1)]
         self.keys_and_values = self._rows
         self._int8: list[tuple[Int8Rows, Int8Rows]] | None = None
         if dtype is torch.int8:
             self._int8 = [self._int8_rows(part, shape) for part, shape in zip(self._rows, self.shapes, strict=True)]
         else:
             self.keys_and_values = [
-                part.unflatten(2, (block_size, shape.kv_heads, shape.dim))
+                part.view(num_blocks, 2, block_size, shape.kv_heads, shape.dim)
                 for part, shape in zip(self._rows, self.shapes, strict=True)
             ]
         self.matrices: dict[int, Tensor] = {}
@@ -285,9 +285,8 @@ class KVPool:
             of_keys.write_keys(blocks, offsets, keys)
             of_values.write_values(blocks, offsets, values)
             return
-        of_keys, of_values = self.keys_and_values[kv_layer].unbind(1)
-        of_keys.index_put_((blocks, offsets), keys)
-        of_values.index_put_((blocks, offsets), values)
+        for stored, given in zip(self.keys_and_values[kv_layer].unbind(1), (keys, values), strict=True):
+            stored.index_put_((blocks, offsets), given)
 
 
 def tokens_of_pool(geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int) -> int:
