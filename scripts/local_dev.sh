@@ -181,6 +181,7 @@ scale_workers() { # NUMBER
     for ((number = 0; number < $1; number++)); do
         launch_worker "$number"
     done
+    echo "there will be $1 workers; their logs are in $run"
     (($1 == 0)) || wait_for_workers "$1"
     status
 }

@@ -103,15 +103,14 @@ def up(
         gpus=gpus,
         serve_options=tuple(serve_options or ()),
     )
-    console = Console(stderr=True)
     if address is None:
-        with console.status("starting Ray"):
-            address = _start_ray(folder, cpus=max(os.cpu_count() or 1, placement.max_workers * cpus))
+        _show(f"starting Ray; its log is {folder / 'ray.log'}")
+        address = _start_ray(folder, cpus=max(os.cpu_count() or 1, placement.max_workers * cpus))
     state = ClusterState(name, address, workers, most, placement.model_dump(mode="json"))
     state.write(folder)
-    with console.status("starting the gateway and the workers"):
-        _deploy(state, placement, folder)
-        _wait_ready(state, placement.start_seconds)
+    _show(f"handing the gateway and the workers to Ray Serve at {address}")
+    _deploy(state, placement, folder)
+    _wait_ready(state, placement.start_seconds)
     typer.echo(f"{state.url} takes requests; emberkv cluster status shows its workers.")
 
 
@@ -328,18 +327,58 @@ def _deploy(state: ClusterState, placement: "Placement", folder: Path) -> None:
 
 
 def _wait_ready(state: ClusterState, seconds: float) -> None:
-    """Raises PlacementError where Serve gives up, or the gateway has no worker in time."""
+    """Show each server's stages until the gateway takes requests. Raises PlacementError where Serve gives up, or the
+    gateway has no worker in time.
+    """
     end = time.monotonic() + seconds
-    with _connected(state) as serve:
+    known: dict[str, str] = {}
+    shown: dict[str, str] = {}
+    with _connected(state) as serve, httpx.Client(base_url=state.url) as gateway:
         while time.monotonic() < end:
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{state.url}/ready").status_code == httpx.codes.OK:
-                    return
+            stages, is_ready = gateway_stages(gateway)
+            known |= stages
             found = serve.status().applications.get(state.name)
             if found is not None and found.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise PlacementError(f"Ray Serve says {found.status.value}: {_last_line(found.message)}")
+            for server, stage in (serve_stages(found) | known).items():
+                if shown.get(server) != stage:
+                    shown[server] = stage
+                    _show(f"{server}: {stage}")
+            if is_ready:
+                return
             time.sleep(0.5)
     raise PlacementError(f"{state.url} was not ready after {seconds:g} s; emberkv cluster status says what runs")
+
+
+def serve_stages(application: Any) -> dict[str, str]:
+    """What Ray Serve does with each server that it starts, by its name. application: Serve's status; None: none yet."""
+    deployments = {} if application is None else application.deployments
+    return {
+        name: " and ".join(kind.lower() for kind in found.replica_states)
+        for name, found in sorted(deployments.items())
+        if found.replica_states
+    }
+
+
+def gateway_stages(gateway: httpx.Client) -> tuple[dict[str, str], bool]:
+    """What the gateway knows of each worker, by its id, and whether it takes requests. Nothing of workers where it does
+    not answer yet, or tells its operator alone.
+    """
+    try:
+        is_ready = gateway.get("/ready").status_code == httpx.codes.OK
+        listed = gateway.get("/v1/cluster")
+    except httpx.TransportError:
+        return {}, False
+    workers = listed.json()["workers"] if listed.status_code == httpx.codes.OK else ()
+    return {
+        each["worker_id"]: f"{each['status']}: {each['detail']}" if each["detail"] else each["status"]
+        for each in workers
+        if each["worker_id"]
+    }, is_ready
+
+
+def _show(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _last_line(text: str) -> str:
@@ -353,6 +392,7 @@ def _connected(state: ClusterState) -> Iterator[Any]:
     import ray  # noqa: PLC0415 - an extra, which reads the environment when it is imported
     from ray import serve  # noqa: PLC0415
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells on stderr of each thing that it is asked for
     try:
         ray.init(address=state.address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
