@@ -125,6 +125,10 @@ class BlockPool:
             return self._cached.longest_checkpoint(chain, start, stop)
         return self._cached.longest_child(chain, start, stop)
 
+    def has_children(self, block_hash: BlockHash) -> bool:
+        """Whether a cached block, full or partial, follows a block or a root. False without `index_children`."""
+        return self._cached.children is not None and self._cached.children.has(block_hash)
+
     def known_tokens(self, chain: Chain, position: int) -> int:
         """How many of the tokens behind the first ``position`` blocks of ``chain``, without its last one, a cached
         block begins with, whether a sequence can go on from there or not.

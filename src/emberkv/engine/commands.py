@@ -106,7 +106,7 @@ class LookUp(Command[LookedUp]):
 
 @dataclass(frozen=True, slots=True)
 class FindCached(Command[list[bool]]):
-    """Answer: of each block, whether the pool or a tier below it has it."""
+    """Answer: of each block, whether the pool or a tier below it has it, or the pool one that follows it."""
 
     block_hashes: Sequence[BlockHash]
 
@@ -323,7 +323,7 @@ class CacheControl:
         return [self._is_cached(block_hash) for block_hash in command.block_hashes]
 
     def _is_cached(self, block_hash: BlockHash) -> bool:
-        if self._pool.lookup(block_hash) is not None:
+        if self._pool.lookup(block_hash) is not None or self._pool.has_children(block_hash):
             return True
         return self._lower is not None and bool(self._lower.find([block_hash], exact=False))
 

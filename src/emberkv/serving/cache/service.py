@@ -239,20 +239,25 @@ class CacheService:
         for other in await self._holders(chain, tokens, [each for each in others if each != tenant]):
             theirs = await asyncio.to_thread(self.chain, tokens, other)
             count = (await self._ask(LookUp(theirs))).outcome.tokens
+            if count <= theirs.public_blocks * theirs.block_size:
+                continue
             elsewhere.append({"tenant": other.name, "tokens": count})
             explanation = explanation.with_elsewhere(Reason.OTHER_TENANT, count)
         return Explained(explanation, elsewhere=elsewhere)
 
     async def _holders(self, chain: TokenChain, tokens: Sequence[int], others: Sequence[Tenant]) -> list[Tenant]:
-        """Which of the others have the prompt's first private block."""
+        """Which of the others may have more of a prompt than what is public: those that have its first private block or,
+        of a prompt that does not fill it, any block in its place.
+        """
         count = len(chain.block_hashes)
         first = next((index for index in range(count) if chain.owner(index) != PUBLIC_OWNER), count)
-        if first == count:
-            return []
         beginning = tokens[: (first + 1) * chain.block_size]
+        if len(beginning) == first * chain.block_size:
+            return []
 
         def hash_all() -> list[BlockHash]:
-            return [self.chain(beginning, other).block_hashes[first] for other in others]
+            theirs = [self.chain(beginning, other) for other in others]
+            return [each.block_hashes[first] if first < count else each.parent(first) for each in theirs]
 
         held = await self._ask(FindCached(await asyncio.to_thread(hash_all)))
         return [other for other, holds in zip(others, held, strict=True) if holds]
