@@ -7,14 +7,14 @@ from hashlib import sha256
 from typing import Any
 
 from emberkv.cluster.cache_operations import CacheOperation
-from emberkv.cluster.wire import LoadReport, SharedTier, TokenizerFiles, WorkerDescription
+from emberkv.cluster.wire import LoadReport, SharedTier, StoredBlocks, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, WorkerLostError, WorkerUnreachableError
 from emberkv.serving.cache.service import CacheService
-from emberkv.serving.errors import ModelNotLoadedError
+from emberkv.serving.errors import ModelNotLoadedError, NotReadyError
 from tests.serving.fakes import ByteTokenizer
 
 BLOCK_SIZE = 4
@@ -40,6 +40,8 @@ class FakeWorker:
     dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
     hangs: it accepts requests and sends nothing but their progress. running: what it reports. is_loaded: it has its
     model; without it, its events end. cache: carries out operations on the cache. shared_tiers: what it says of them.
+    stored: the blocks in a shared tier, which it gives one at a time; None: its server does not answer. scans: the
+    tiers whose blocks it was asked for, from the first one.
     """
 
     worker_id: str
@@ -55,6 +57,8 @@ class FakeWorker:
     is_loaded: bool = True
     cache: CacheService | None = None
     shared_tiers: dict[str, SharedTier] = field(default_factory=dict)
+    stored: Sequence[bytes] | None = ()
+    scans: list[str] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,6 +111,15 @@ class FakeConnection:
 
     async def snapshot(self, cursor: str = "") -> SnapshotChunk:
         return SnapshotChunk(self._worker.epoch, 0, cursor, None, self._worker.block_size, (), ())
+
+    async def stored(self, tier: str, cursor: int = 0) -> StoredBlocks:
+        worker = self._worker
+        if not cursor:
+            worker.scans.append(tier)
+        if worker.stored is None:
+            raise NotReadyError("the server of the remote tier: no connection")
+        following = cursor + 1 if cursor + 1 < len(worker.stored) else None
+        return StoredBlocks(tuple(worker.stored[cursor : cursor + 1]), following)
 
     async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]:
         worker = self._worker

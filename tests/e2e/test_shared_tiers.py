@@ -136,7 +136,8 @@ def test_a_gateway_routes_to_what_a_killed_worker_has_left_in_redis(
     prompts = [{"model": "tiny", "prompt": f"{tmp_path} {number} {TEXT}", "max_tokens": 4} for number in range(4)]
     with cluster_in(tmp_path, checkpoint("llama")) as cluster:
         first = cluster.start_worker("a", *shared)
-        with httpx.Client(base_url=cluster.start_gateway("a", "b").url, timeout=DEADLINE) as client:
+        gateway = cluster.start_gateway("a", "b")
+        with httpx.Client(base_url=gateway.url, timeout=DEADLINE) as client:
             cluster.until("a", "up")
             computed = [completed(client, prompt)[0] for prompt in prompts]
             second = cluster.start_worker("b", *shared)
@@ -145,6 +146,10 @@ def test_a_gateway_routes_to_what_a_killed_worker_has_left_in_redis(
             tokens = len(client.post("/tokenize", json=prompts[0]).json()["tokens"]) // 16 * 16
             eventually(lambda: known(client, prompts[0], "b") == {"remote": tokens})
             assert known(client, prompts[0], "a") == {"pool": tokens}
+            with httpx.Client(base_url=cluster.start_gateway("b", "a", called="late").url, timeout=DEADLINE) as late:
+                cluster.until("a", "up")
+                eventually(lambda: known(late, prompts[0], "b") == {"remote": tokens})
+            cluster.gateway = gateway
             first.process.kill()
             cluster.until("a", "down")
             text, route = completed(client, prompts[0])

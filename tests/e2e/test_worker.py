@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_request_is_the_error_that_it_was(worker: Server) -
 
 
 def test_without_the_secret_nothing_is_told(worker: Server) -> None:
-    routes = [("GET", each) for each in ("worker", "tokenizer", "events", "snapshot", "load")]
+    routes = [("GET", each) for each in ("worker", "tokenizer", "events", "snapshot", "stored", "load")]
     for method, route in [*routes, *(("POST", each) for each in ("generate", "command", "explain", "operate"))]:
         for headers in ({}, {"authorization": "Bearer another"}, {"authorization": "Basic " + SECRET}):
             response = httpx.request(method, f"{worker.url}{wire.PREFIX}/{route}", headers=headers, timeout=DEADLINE)

@@ -1,10 +1,11 @@
 """Look-ups that a tier answers after I/O, at every interleaving of answer, deadline, removal and shutdown."""
 
 from collections.abc import Callable, Iterator
-from threading import Event
+from threading import Event as Flag
 
 import pytest
 
+from emberkv.core.events import BlockRemoved, BlockStored, Event
 from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
@@ -165,6 +166,45 @@ def test_a_block_that_is_stored_after_a_miss_is_looked_up_again() -> None:
     assert world.manager.status(IDS[3]) is PENDING
 
 
+def reporting() -> tuple[World, list[Event]]:
+    """A world whose remote tier loses blocks of which nothing tells, and the events of its tiers."""
+    world, events = World(), list[Event]()
+    world.remote.loses_blocks = True
+    world.manager.on_event = events.append
+    return world, events
+
+
+def test_a_look_up_reports_the_block_that_a_tier_has_lost_and_no_other() -> None:
+    world, events = reporting()
+    world.ask()
+    world.begin()
+    world.end()
+    assert events == [BlockRemoved((IDS[3],), tier="remote")]
+
+
+def test_a_look_up_reports_nothing_of_a_tier_that_reports_its_evictions_itself() -> None:
+    world, events = reporting()
+    world.remote.loses_blocks = False
+    world.ask()
+    world.begin()
+    world.end()
+    assert events == []
+
+
+@pytest.mark.parametrize("changed", [True, False], ids=["stored", "queued to be stored"])
+def test_a_block_that_is_stored_while_it_is_looked_up_is_not_reported_as_lost(changed: bool) -> None:
+    world, events = reporting()
+    world.ask()
+    world.begin()
+    world.manager.offload([OffloadedBlock(BLOCKS[3])])
+    if changed:
+        world.change()
+        assert [type(event) for event in events] == [BlockStored]
+        events.clear()
+    world.end()
+    assert (events, world.manager.status(IDS[3])) == ([], PENDING if changed else MISS)
+
+
 def test_an_answer_for_inexact_blocks_says_nothing_of_exact_ones() -> None:
     world = World()
     world.remote.remove(IDS[1:2])
@@ -199,7 +239,7 @@ def test_the_workers_threads_answer_and_the_blocks_are_read() -> None:
     remote.store(entries(BLOCKS))
     manager = TierManager([remote], namespace=NAMESPACE, queue_bytes=LARGE)
     assert manager.find(IDS) == []
-    done = Event()
+    done = Flag()
     remote.gate.clear()
     manager.ask(IDS, done.set)
     assert remote.began.wait(DEADLINE)
@@ -214,7 +254,7 @@ def test_the_end_answers_what_a_stuck_tier_does_not() -> None:
     remote = RemoteTier()
     manager = TierManager([remote], namespace=NAMESPACE, queue_bytes=LARGE)
     remote.gate.clear()
-    done = Event()
+    done = Flag()
     manager.ask(IDS, done.set)
     assert remote.began.wait(DEADLINE)
     assert manager.close(0.0)

@@ -9,11 +9,11 @@ from threading import Event
 
 import pytest
 
-from emberkv.core.events import AllBlocksCleared, BlockStored
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored
 from emberkv.core.events import Event as CacheEvent
 from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.fair_shares import Share
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.manager import OffloadedBlock, TierManager
@@ -85,6 +85,22 @@ def test_what_one_process_stores_another_finds(server: RedisProcess) -> None:
     assert second.query(IDS) == 4
     assert second.load(IDS[:5]) == [*ENTRIES[:4], None]
     assert second.stats().bytes == first.stats().bytes == 4 * SIZE
+
+
+def test_a_process_reads_which_blocks_others_have_stored(server: RedisProcess) -> None:
+    many = records(2000, seed=7)
+    opened(server).store(entries(many))
+    RemoteTier(server.address, LARGE, namespace=OTHER).connect().store(entries(BLOCKS, namespace=OTHER))
+    reader, found, cursors = opened(server), set[bytes](), list[int | None]([0])
+    while (cursor := cursors[-1]) is not None:
+        some, following = reader.scan(cursor)
+        found.update(some)
+        cursors.append(following)
+    assert found == set(block_hashes(many))
+    assert len(cursors) > 2
+    server.kill()
+    with pytest.raises(RemoteTierError, match="no connection"):
+        reader.scan(0)
 
 
 def test_records_that_are_there_are_not_sent_again(server: RedisProcess) -> None:
@@ -257,6 +273,66 @@ def test_an_event_says_that_a_server_was_flushed(server: RedisProcess) -> None:
         assert isinstance(events.get(timeout=DEADLINE), BlockStored)
         server.client().flushall()
         assert events.get(timeout=DEADLINE) == AllBlocksCleared("remote")
+    finally:
+        manager.close(0.0)
+
+
+def lost(*tiers: RemoteTier) -> list[bytes]:
+    """What refreshes of these find gone, sorted."""
+    for tier in tiers:
+        tier.refresh()
+    return sorted(each for tier in tiers for each in tier.lost_blocks())
+
+
+def test_one_process_learns_of_each_block_that_has_expired(server: RedisProcess) -> None:
+    writer, reader = opened(server), opened(server, ttl_seconds=0.05)
+    writer.store(ENTRIES[:3])
+    found: list[bytes] = []
+
+    def all_found() -> bool:
+        found.extend(lost(writer, reader))
+        return len(found) >= 3
+
+    eventually(all_found)
+    assert sorted(found) == sorted(IDS[:3])
+    assert lost(writer, reader) == []
+
+
+def test_a_process_learns_of_blocks_that_one_with_another_model_has_evicted(server: RedisProcess) -> None:
+    ours = opened(server)
+    theirs = RemoteTier(server.address, 2 * SIZE, namespace=OTHER).connect()
+    ours.store(ENTRIES[:2])
+    assert theirs.store(entries(BLOCKS[:2], namespace=OTHER)).evicted == []
+    assert (lost(theirs), lost(ours), lost(ours)) == ([], sorted(IDS[:2]), [])
+
+
+def test_a_process_learns_of_records_that_the_server_took_away_when_they_are_missed(server: RedisProcess) -> None:
+    tier, client = opened(server), server.client()
+    tier.store(ENTRIES[:3])
+    client.delete(*client.keys(b"*:b:*" + IDS[1]))
+    assert lost(tier) == []
+    assert tier.load(IDS[:3]) == [ENTRIES[0], None, ENTRIES[2]]
+    assert lost(tier) == [IDS[1]]
+
+
+def test_a_lost_block_that_is_stored_again_is_not_reported(server: RedisProcess) -> None:
+    ours = opened(server)
+    theirs = RemoteTier(server.address, 2 * SIZE, namespace=OTHER).connect()
+    ours.store(ENTRIES[:2])
+    theirs.store(entries(BLOCKS[:2], namespace=OTHER))
+    ours.store(ENTRIES[1:2])
+    assert lost(ours) == [IDS[0]]
+
+
+def test_an_event_says_which_blocks_have_expired(server: RedisProcess) -> None:
+    events: SimpleQueue[CacheEvent] = SimpleQueue()
+    manager = TierManager([opened(server, ttl_seconds=0.05)], namespace=NAMESPACE, queue_bytes=LARGE)
+    manager.on_event = events.put
+    manager.offload([OffloadedBlock(record) for record in BLOCKS[:1]])
+    try:
+        assert isinstance(events.get(timeout=DEADLINE), BlockStored)
+        told = [events.get(timeout=DEADLINE) for _ in range(2)]
+        assert BlockRemoved((IDS[0],), tier="remote") in told
     finally:
         manager.close(0.0)
 

@@ -61,6 +61,7 @@ class Membership:
         self._changed = asyncio.Event()
         self._woken: set[Worker] = set()  # by `wake_idle`, and not up since
         self._closing: set[asyncio.Task[None]] = set()
+        self._scanned: set[bytes] = set()  # the ids of the stores that `_scan_stores` has read, or reads
 
     @property
     def model(self) -> WorkerDescription | None:
@@ -202,6 +203,8 @@ class Membership:
         if worker.slot is not None:
             self.router.leave(worker.slot)
             worker.slot = worker.reader = None
+            members = [other for other in self._workers.values() if other.slot is not None]
+            self._scanned &= {store_id for other in members for store_id in other.shared.values()}
 
     def set_status(self, worker: Replica, status: WorkerStatus, detail: str) -> None:
         """For those that follow workers."""
@@ -320,12 +323,14 @@ class Membership:
         assert reader is not None, "a worker is met first"
         is_missing = asyncio.Event()
         mending = asyncio.create_task(_mend(worker.connection, reader, is_missing))
+        scanning = asyncio.create_task(self._scan_stores(worker))
         try:
             after = reader.sequence
             async with aclosing(worker.connection.events(after)) as messages:
                 async for message in messages:
-                    if mending.done():
-                        mending.result()  # raises what has ended it; a worker reports at least every second
+                    for task in (mending, scanning):
+                        if task.done():
+                            task.result()  # raises what has ended it; a worker reports at least every second
                     worker.heard = self._clock()
                     if isinstance(message, LoadReport):
                         self._take_report(worker, message)
@@ -339,7 +344,32 @@ class Membership:
                             return
         finally:
             mending.cancel()
+            scanning.cancel()
         raise _EventsEndedError(f"{worker.url} has ended its events", has_reported=has_reported)
+
+    async def _scan_stores(self, worker: Worker) -> None:
+        """Read what is in the stores that it shares and its snapshots do not list, such as a server in the network:
+        each store once, whichever worker is asked. Later changes come as events; one that comes while the store is read
+        may be undone by what was read before it.
+        """
+        index, slot = self.router.index, worker.slot
+        if index is None or slot is None:
+            return
+        for tier, store_id in worker.shared.items():
+            if tier in worker.listed_tiers or store_id in self._scanned:
+                continue
+            self._scanned.add(store_id)
+            cursor: int | None = 0
+            try:
+                while cursor is not None:
+                    some = await worker.connection.stored(tier, cursor)
+                    index.add(slot, some.block_hashes, tier)
+                    cursor = some.next_cursor
+            except EmberError as error:
+                _log.warning("worker %s does not say what its %s tier has: %s", worker, tier, error)
+            finally:
+                if cursor is not None:
+                    self._scanned.discard(store_id)
 
     def _take_report(self, worker: Worker, report: LoadReport) -> None:
         worker.take_report(report, self._clock())

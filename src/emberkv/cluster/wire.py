@@ -57,6 +57,13 @@ class SharedTier(Struct, frozen=True):
     is_listed: bool
 
 
+class StoredBlocks(Struct, frozen=True):
+    """Some of the blocks in a tier that snapshots do not list. next_cursor: of those that follow; None: no more."""
+
+    block_hashes: tuple[Hash, ...]
+    next_cursor: int | None
+
+
 class WorkerDescription(Struct, frozen=True, kw_only=True):
     """What a worker serves, and how.
 

@@ -21,7 +21,7 @@ from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, EventBatch
 from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, Remove, RemovedBlocks
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
-from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
+from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RemoteTierError, RequestError, WireError
 from emberkv.serving.answers.answer_stream import OutputQueue
 from emberkv.serving.app import RouterFactory
 from emberkv.serving.auth import check_cluster_secret
@@ -82,7 +82,7 @@ class WorkerRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix=wire.PREFIX)
-        for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.load):
+        for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.stored, self.load):
             self._add(router, "GET", answer)
         for answer in (self.generate, self.command, self.explain, self.operate, self.wake):
             self._add(router, "POST", answer)
@@ -151,6 +151,17 @@ class WorkerRoutes:
         limit = _number(http, "limit", CHUNK_BLOCKS, least=1, most=10 * CHUNK_BLOCKS)
         chunk = await _ask(engine, ReadSnapshot(http.query_params.get("cursor", "")[:64], limit))
         return Response(event_wire.encode(chunk, tokens=False), media_type=wire.MEDIA_TYPE)
+
+    async def stored(self, http: Request) -> Response:
+        tiers = self._served()[1].tiers
+        cursor = _number(http, "cursor", 0, least=0, most=2**63 - 1)
+        if tiers is None:
+            return _message(wire.StoredBlocks((), None))
+        try:
+            found, following = await asyncio.to_thread(tiers.scan, http.query_params.get("tier", ""), cursor)
+        except RemoteTierError as error:
+            raise NotReadyError(f"{error}; ask again later") from error
+        return _message(wire.StoredBlocks(tuple(found), following))
 
     async def events(self, http: Request) -> Response:
         engine = self._served()[1]

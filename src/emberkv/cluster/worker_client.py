@@ -113,6 +113,11 @@ class WorkerClient:
             raise errors.WireError(f"{self.url} answered a {type(message).__name__} where a snapshot was asked for")
         return message
 
+    async def stored(self, tier: str, cursor: int = 0) -> wire.StoredBlocks:
+        """Some of the blocks in a tier that snapshots do not list, a server's."""
+        data = await self._ask("GET", "stored", query={"tier": tier, "cursor": str(cursor)})
+        return wire.decode(data, wire.StoredBlocks)
+
     async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | wire.LoadReport, None]:
         """The cache's events after number ``after``, as they come, and the load whenever it has changed, for as long as
         the worker lives.

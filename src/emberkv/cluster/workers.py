@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.cluster.feed import FeedReader
 from emberkv.cluster.policies import ReplicaState
-from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
+from emberkv.cluster.wire import LoadReport, StoredBlocks, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import FeedMessage, SnapshotChunk
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
 
@@ -38,6 +38,7 @@ class WorkerConnection(Protocol):
     async def worker(self) -> WorkerDescription: ...
     async def tokenizer(self, etag: str = "") -> TokenizerFiles | None: ...
     async def snapshot(self, cursor: str = "") -> SnapshotChunk: ...
+    async def stored(self, tier: str, cursor: int = 0) -> StoredBlocks: ...
     async def explain(
         self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b""
     ) -> dict[str, Any]: ...

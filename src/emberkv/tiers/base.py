@@ -72,11 +72,14 @@ class SharedStore:
 class Tier(Protocol):
     """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
     itself are counted in ``stats``, never raised. A tier that answers `lookup` from memory inherits `lookup_seconds`,
-    `status` and `query` from here, one that no other process changes inherits `removals_seen`, and one whose blocks go
-    only by removal or eviction `was_emptied`.
+    `status`, `query` and `scan` from here, one that no other process changes inherits `removals_seen`, and one whose
+    blocks go only by removal or eviction `was_emptied` and `lost_blocks`.
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
+
+    loses_blocks: whether blocks may go without any event: what evicts them says so to nobody. A look-up that does not
+    find one is then reported instead.
 
     store_id: equal in the tiers of all processes that find the same blocks, see `tiers.store_id`; None where no other
     process finds this one's.
@@ -84,6 +87,7 @@ class Tier(Protocol):
 
     name: str
     store_id: bytes | None = None
+    loses_blocks: bool = False
 
     @property
     def lookup_seconds(self) -> float | None:
@@ -119,6 +123,12 @@ class Tier(Protocol):
         """The hashes of the blocks that `lookup` finds; empty where that would take I/O."""
         return []
 
+    def scan(self, cursor: int) -> tuple[list[bytes], int | None]:
+        """With I/O: some of the blocks that `query` finds, from 0 on, and the cursor of the next ones; None: these were
+        the last. A block that is here all the while comes once at least. Raises RemoteTierError.
+        """
+        return [], None
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         """The entries as they were stored, unverified; None where one is not here or cannot be read."""
 
@@ -145,10 +155,14 @@ class Tier(Protocol):
         """Take in what other processes have changed."""
 
     def was_emptied(self) -> bool:
-        """Whether a refresh since the last call found all of this model's blocks gone, such as those that have expired
-        and of which no removal or eviction tells. No I/O.
-        """
+        """Whether a refresh since the last call found all of this model's blocks gone, as after a flush. No I/O."""
         return False
+
+    def lost_blocks(self) -> list[bytes]:
+        """Blocks that a refresh since the last call found gone, though no removal by this model's processes and no
+        eviction that `store` has returned tells of them. No I/O.
+        """
+        return []
 
     def stats(self) -> TierStats:
         """Contents and failures; the traffic is counted by the manager."""

@@ -241,6 +241,13 @@ class TierManager:
             if worker.tier.store_id is not None
         }
 
+    def scan(self, name: str, cursor: int) -> tuple[list[bytes], int | None]:
+        """Of a tier whose blocks `contents` does not list, some of them, as `Tier.scan` gives them: with I/O. Nothing
+        where there is no such tier.
+        """
+        tier = next((worker.tier for worker in self._remote if worker.name == name), None)
+        return tier.scan(cursor) if tier is not None else ([], None)
+
     def stats(self) -> dict[str, TierStats]:
         """By the tier's name, fastest first."""
         return {worker.name: worker.meter.complete(worker.tier.stats()) for worker in self.workers}

@@ -54,6 +54,7 @@ class Query:
         self.ranks = set(ranks)
         """Of the tiers that have not answered."""
         self._removed: set[int] = set()
+        self._stored: set[bytes] = set()
 
     @property
     def finished(self) -> bool:
@@ -72,10 +73,18 @@ class Query:
             if block_hashes is None or block_hash in block_hashes:
                 self._removed.add(at)
 
+    def stored(self, block_hashes: Collection[bytes]) -> None:
+        """These blocks were stored: an answer that is still to come does not say that they are missing."""
+        self._stored.update(block_hashes)
+
     def answers(self, count: int) -> list[tuple[bytes, bool]]:
         """What a tier's answer says of the blocks: ``count`` are there, the next is not, of others it says nothing."""
         said = [(block_hash, at < count) for at, block_hash in enumerate(self.block_hashes[: count + 1])]
-        return [answer for at, answer in enumerate(said) if at not in self._removed]
+        return [
+            (block_hash, there)
+            for at, (block_hash, there) in enumerate(said)
+            if at not in self._removed and (there or block_hash not in self._stored)
+        ]
 
 
 class Onboarding:

@@ -257,10 +257,13 @@ class TierWorker:
         self._running = None
         self.queued_bytes -= job.size
         self._hidden = tuple(each for each in self._hidden if each is not job)
-        if isinstance(job, Store) and self._answers:
-            for block in job.blocks:  # they may be there now
+        if isinstance(job, Store):
+            stored = frozenset(block.record.block_hash for block in job.blocks)
+            for block_hash in stored if self._answers else ():  # they may be there now
                 for exact in (False, True):
-                    self._answers.pop((block.record.block_hash, exact), None)
+                    self._answers.pop((block_hash, exact), None)
+            for query in self._querying:
+                query.stored(stored)
         self._changed.notify_all()
 
     def enqueue(self, onboarding: Onboarding) -> None:
@@ -307,6 +310,17 @@ class TierWorker:
         for block_hash, there in query.answers(count):
             self._answers.pop((block_hash, query.exact), None)
             self._answers[block_hash, query.exact] = (there, now + ANSWER_SECONDS)
+            if self.tier.loses_blocks and not there and not query.exact:
+                self._report_missing(block_hash)
+
+    def _report_missing(self, block_hash: bytes) -> None:
+        """The tier has just not found a block, and may have lost it: it is up, and the block is not being stored."""
+        jobs = (self._running, *self._jobs)
+        stores = any(
+            isinstance(job, Store) and any(each.record.block_hash == block_hash for each in job.blocks) for job in jobs
+        )
+        if not stores and self.tier.status(block_hash) is LookupStatus.PENDING:
+            self._on_event(BlockRemoved((block_hash,), tier=self.name))
 
     def drop_removed(self, onboarding: Onboarding) -> None:
         """Blocks whose removal is queued are still in the tier, but not to be read any more."""
@@ -421,6 +435,8 @@ class TierWorker:
         self.tier.refresh()
         if self.tier.was_emptied():
             self._on_event(AllBlocksCleared(self.name))
+        if gone := self.tier.lost_blocks():
+            self._on_event(BlockRemoved(tuple(gone), tier=self.name))
 
     def _store(self, blocks: Sequence[QueuedBlock], seen: int) -> None:
         lacking = [each for each in blocks if not self.tier.lookup((each.record.block_hash,), exact=each.record.exact)]

@@ -246,8 +246,8 @@ class CacheService:
         return Explained(explanation, elsewhere=elsewhere)
 
     async def _holders(self, chain: TokenChain, tokens: Sequence[int], others: Sequence[Tenant]) -> list[Tenant]:
-        """Which of the others may have more of a prompt than what is public: those that have its first private block or,
-        of a prompt that does not fill it, any block in its place.
+        """Which of the others may have more of a prompt than what is public: those that have its first private block
+        or, of a prompt that does not fill it, any block in its place.
         """
         count = len(chain.block_hashes)
         first = next((index for index in range(count) if chain.owner(index) != PUBLIC_OWNER), count)

@@ -7,6 +7,7 @@
 --   bytes           hash: owner -> bytes
 --   state           hash: clock, total, floor, swept, cleared:NAMESPACE
 --   removed         sorted set: MEMBER by the number of its removal
+--   gone:NAMESPACE  set: hashes of blocks that are gone though no process of the namespace asked for it
 --   spaces          set: every namespace
 --
 -- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
@@ -16,6 +17,8 @@
 local REMEMBERED = 10000
 local SCANNED = 500
 local SWEEP_MICROSECONDS = 500000
+local REPORTED_AT_ONCE = 1000
+local UNREPORTED_MS = 3600000
 
 local operation, prefix, space = ARGV[1], ARGV[2], ARGV[3]
 local STATE, BYTES, REMOVED, SPACES = prefix .. 'state', prefix .. 'bytes', prefix .. 'removed', prefix .. 'spaces'
@@ -72,11 +75,19 @@ local function drop(member, entry)
   add_bytes(entry.owner, -entry.size)
 end
 
+-- As `drop`, of a block whose namespace's processes do not know that it goes: the next `state` of one of them reports it.
+local function lose(member, entry)
+  drop(member, entry)
+  local name, hash = space_of(member)
+  redis.call('SADD', prefix .. 'gone:' .. name, hash)
+  redis.call('PEXPIRE', prefix .. 'gone:' .. name, UNREPORTED_MS)
+end
+
 -- The entry of a member; nil where its record has expired, or was taken away by the server.
 local function present(member)
   local entry = meta(member)
   if entry and redis.call('EXISTS', prefix .. 'b:' .. member) == 0 then
-    drop(member, entry)
+    lose(member, entry)
     return nil
   end
   return entry
@@ -140,10 +151,11 @@ local function make_room(owner, size, limit, shares, evicted)
     if not gone then
       return false
     end
-    drop(gone.member, gone.entry)
     if space_of(gone.member) == space then
+      drop(gone.member, gone.entry)
       evicted[#evicted + 1] = string.sub(gone.member, 17)
     else
+      lose(gone.member, gone.entry)
       evicted.others = evicted.others + 1
     end
   end
@@ -155,7 +167,7 @@ local function expire(ttl)
     for _, member in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'lru:' .. owner, '-inf', until_number, 'LIMIT', 0, 1000)) do
       local entry = meta(member)
       if entry then
-        drop(member, entry)
+        lose(member, entry)
       end
     end
   end
@@ -213,6 +225,7 @@ operations.store = function()
       if make_room(owner, size, limit, shares, evicted) then
         redis.call('SET', prefix .. 'b:' .. member, ARGV[at + 4], 'PX', ttl)
         redis.call('SADD', SPACES, space)
+        redis.call('SREM', prefix .. 'gone:' .. space, hash)
         redis.call('HSET', prefix .. 'meta:' .. space, hash, table.concat({ exact, ARGV[at + 3], text(now), owner }, ':'))
         redis.call('ZADD', prefix .. 'lru:' .. owner, text(now), member)
         add_bytes(owner, size)
@@ -290,15 +303,17 @@ operations.clear = function()
   return { text(number), scan[1], count }
 end
 
--- time to live (ms): forget what has expired, once in a while over all processes -> 1 where the index was begun anew
+-- time to live (ms): forget what has expired, once in a while over all processes -> 1 where the index was begun anew,
+-- hashes of blocks that are gone, each of which one process is given
 operations.state = function()
   allow_growth()
-  if now - tonumber(redis.call('HGET', STATE, 'swept') or 0) < SWEEP_MICROSECONDS then
-    return 0
+  local mended = 0
+  if now - tonumber(redis.call('HGET', STATE, 'swept') or 0) >= SWEEP_MICROSECONDS then
+    redis.call('HSET', STATE, 'swept', text(now))
+    expire(tonumber(ARGV[4]))
+    mended = mend()
   end
-  redis.call('HSET', STATE, 'swept', text(now))
-  expire(tonumber(ARGV[4]))
-  return mend()
+  return { mended, redis.call('SPOP', prefix .. 'gone:' .. space, REPORTED_AT_ONCE) }
 end
 
 local all = redis.call('HGETALL', BYTES)

@@ -61,6 +61,7 @@ class MooncakeTier(Tier):
     """
 
     refresh_seconds = REFRESH_SECONDS
+    loses_blocks = True
 
     def __init__(
         self,

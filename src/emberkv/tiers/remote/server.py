@@ -24,6 +24,8 @@ CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 """How long a connection may take, and how long the server may send nothing, or take nothing, within a call."""
 
+_SCANNED_AT_ONCE = 1000
+
 _READ_BYTES = 2**20
 """Taken from the socket at once; records are large."""
 
@@ -106,6 +108,17 @@ class BlockServer:
         command = ("HMGET", self._prefix + b"meta:" + self._space, *block_hashes)
         found: list[bytes | None] = self._guarded(lambda: self._run(command)[0])
         return found
+
+    def scan(self, cursor: int) -> tuple[list[bytes], int]:
+        """Some of the blocks of the index, and the cursor of the next ones; both begin and end with 0."""
+        command = ("HSCAN", self._prefix + b"meta:" + self._space, cursor, "COUNT", _SCANNED_AT_ONCE)
+
+        def read() -> tuple[list[bytes], int]:
+            following, found = self._run(command)[0]
+            return list(found), int(following)
+
+        result: tuple[list[bytes], int] = self._guarded(read)
+        return result
 
     def close(self) -> None:
         self._client.close()

@@ -85,11 +85,12 @@ class RemoteTier(Tier):
         self._unremoved: set[bytes] = set()
         self._uncleared = False
         self._had_blocks = self._was_emptied = False  # of this model, by stores and refreshes
+        self._gone: list[bytes] = []
 
     def connect(self) -> "RemoteTier":
         """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
         try:
-            self._server.call("state", self._ttl_ms)
+            _, self._gone = self._server.call("state", self._ttl_ms)
         except RemoteTierError as error:
             if error.kind == "access refused":
                 raise ConfigError(
@@ -128,6 +129,10 @@ class RemoteTier(Tier):
                     return start + at
             start, count = start + len(wanted), count * MORE_LOOKED_UP
         return start
+
+    def scan(self, cursor: int) -> tuple[list[bytes], int | None]:
+        found, following = self._server.scan(cursor)
+        return [each for each in found if not self._is_hidden(each)], following or None
 
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         missing: list[TierEntry | None] = [None] * len(block_hashes)
@@ -193,7 +198,9 @@ class RemoteTier(Tier):
             return
         try:
             self._remove_left()
-            if self._server.call("state", self._ttl_ms):
+            is_new_index, gone = self._server.call("state", self._ttl_ms)
+            self._gone += gone
+            if is_new_index:
                 self._troubles.count("index lost")
         except RemoteTierError:
             return
@@ -205,6 +212,13 @@ class RemoteTier(Tier):
         """All have expired, or the server was flushed or has begun anew."""
         emptied, self._was_emptied = self._was_emptied, False
         return emptied
+
+    def lost_blocks(self) -> list[bytes]:
+        """Those that have expired, or that the server or processes of other models have evicted. Of all processes with
+        this namespace, one gets each.
+        """
+        gone, self._gone = self._gone, []
+        return gone
 
     def stats(self) -> TierStats:
         contents = self._server.contents
