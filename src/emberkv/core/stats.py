@@ -34,3 +34,13 @@ class CacheStats:
     exported_blocks: int = 0
     imported_blocks: int = 0
     refused_imports: Counter[str] = field(default_factory=Counter)  # records, by what was wrong with them
+
+    @property
+    def checkpoints(self) -> dict[str, int]:
+        """By what became of them."""
+        return {
+            "left_where_prompts_part": self.branch_checkpoints,
+            "left_as_guess": self.prompt_checkpoints,
+            "used": self.checkpoint_hits,
+            "dropped": self.dropped_checkpoints,
+        }

@@ -408,6 +408,7 @@ def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int
         masks_waited=masks.waited,
         prefill_tokens=stats.prefill_tokens,
         decode_tokens=stats.decode_tokens,
+        checkpoints=stats.checkpoints if scheduler.cache.keeps_branches else {},
         loads=len(scheduler.loads),
         tier_hit_tokens=dict(stats.tier_hit_tokens),
         load_choices={choice.value: count for choice, count in stats.load_choices.items()},

@@ -296,6 +296,7 @@ class EngineStats:
     masks_waited: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    checkpoints: Mapping[str, int] = field(default_factory=dict)  # by what became of them; empty where none are kept
     tier_hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the hits, brought up by a load, by tier
     load_choices: Mapping[str, int] = field(default_factory=dict)
     loaded_blocks: int = 0

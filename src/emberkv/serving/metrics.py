@@ -114,6 +114,9 @@ class EngineCollector(EngineStatsCollector):
         masks = {"ready": stats.masks_ready, "waited_for": stats.masks_waited}
         text = "Token masks of constrained answers, by whether they were there when the sampler asked."
         yield labelled_counter("emberkv_constraint_masks", text, "state", masks)
+        if stats.checkpoints:
+            text = "Checkpoints of a hybrid's state left within prompts, used by later ones, and dropped for others."
+            yield labelled_counter("emberkv_checkpoints", text, "event", stats.checkpoints)
 
 
 class AnswerMemoryCollector(Collector):

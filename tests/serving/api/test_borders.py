@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_api import prepare_messages
 from emberkv.serving.api.openai_api import prepare_chat
-from emberkv.serving.lifecycle import ServedModel
+from emberkv.serving.app import create_app
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.events import ParsedMessage
 from tests.serving.core_engine import CoreEngine
 from tests.serving.family_tokenizer import FamilyTokenizer
+from tests.serving.harness import Client
 from tests.serving.parsing.families import FAMILIES, TOOLS
 
 Message = dict[str, Any]
@@ -87,6 +90,17 @@ def test_anthropic_requests_have_the_same_borders() -> None:
     _, prompt, _ = prepare_messages(json.dumps(body).encode(), model(rewrites=True), None)
     found = [bytes(prompt.token_ids[:border]).decode() for border in prompt.borders]
     assert found == beginnings(model(rewrites=True), SYSTEM, QUESTION)
+
+
+def test_the_engine_gets_them_from_either_api() -> None:
+    served, lifecycle, engine = model(), Lifecycle(), Engine()
+    lifecycle.loaded(replace(served, engine=engine))
+    client = Client(create_app(lifecycle))
+    body = {"model": "tiny", "max_tokens": 2, "messages": [QUESTION]}
+    assert client.post("/v1/messages", {**body, "system": SYSTEM["content"]}).is_success
+    assert client.post("/v1/chat/completions", {**body, "messages": [SYSTEM, QUESTION]}).is_success
+    (beginning,) = beginnings(served, SYSTEM, QUESTION)
+    assert [request.borders for request in engine.submitted] == [(len(beginning),)] * 2
 
 
 def test_a_conversation_with_nothing_to_part_from_has_none() -> None:
