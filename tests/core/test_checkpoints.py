@@ -328,6 +328,15 @@ def test_a_border_that_is_no_place_within_the_prompt_is_passed_over() -> None:
     assert engine.pool.stats.prompt_checkpoints == 0
 
 
+@pytest.mark.parametrize(("size", "least", "takes"), [(8, 7, True), (8, 8, False)])
+def test_blocks_no_larger_than_what_a_checkpoint_saves_take_no_borders(size: int, least: int, takes: bool) -> None:
+    shared = cache(size=size, branch_tokens=least)
+    assert shared.takes_borders == takes
+    lease = shared.acquire(chain(range(30), size), range(30))
+    assert bool(lease.checkpoint) == takes
+    lease.release()
+
+
 def guess(cache: PrefixCache, tokens: Iterable[int]) -> None:
     """Computes a prompt that wants a checkpoint before its last token, and nothing behind that."""
     prompt = chain(tokens, cache.pool.block_size)

@@ -265,7 +265,7 @@ class Startup:
             assembled=engine,
             output_format=output_format,
             rewrites_turns=rewrites_turns(loaded.tokenizer, reasons=reasons),
-            keeps_checkpoints=engine.scheduler.cache.keeps_branches,
+            takes_borders=engine.scheduler.cache.takes_borders,
             fingerprint=loaded.fingerprint,
             on_overflow=self._config.on_overflow,
             name_patterns=patterns,

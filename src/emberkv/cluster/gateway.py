@@ -261,7 +261,7 @@ class Gateway:
                 name_patterns=NamePatterns(description.name_patterns),
                 output_format=output_format,
                 rewrites_turns=rewrites_turns(tokenizer, reasons=output_format.reasoning is not None),
-                keeps_checkpoints=description.checkpoints,
+                takes_borders=description.takes_borders,
             )
         )
         self._changed()

@@ -70,7 +70,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     epoch: of its cache's events; another one after each start. names, name_patterns: of the model, see `ServedModel`.
     fingerprint: of the model's weights and config. root: of its block hashes. namespace: of its blocks' bytes.
     context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit: hits are rounded down to a multiple of so
-    many tokens. checkpoints: or end at a checkpoint. exact: only blocks that are bit-equal to a cold prefill's are
+    many tokens. takes_borders: see `ServedModel`. exact: only blocks that are bit-equal to a cold prefill's are
     reused. public_prefixes: the token sequences that all tenants share. about: how the model is computed, in short
     words by name. created: when it was loaded, in seconds since 1970. tokenizer: the ETag of `TokenizerFiles`.
     shared_tiers: by name.
@@ -95,7 +95,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     tokenizer: str = ""
     name_patterns: tuple[str, ...] = ()
     shared_tiers: dict[Name, SharedTier] = {}
-    checkpoints: bool = False
+    takes_borders: bool = False
 
 
 class TokenizerFiles(Struct, frozen=True, kw_only=True):

@@ -122,7 +122,7 @@ class WorkerRoutes:
             context_length=model.engine.context_length,
             max_prompt_tokens=model.engine.max_prompt_tokens,
             hit_unit=engine.hit_unit,
-            checkpoints=engine.scheduler.cache.keeps_branches,
+            takes_borders=engine.scheduler.cache.takes_borders,
             exact=engine.scheduler.cache.exact,
             public_prefixes=tuple(wire.encode_prompt(tokens) for tokens in engine.public.prefixes),
             sampling_defaults=model.sampling_defaults,

@@ -300,6 +300,11 @@ class PrefixCache:
         return 1 if self.reuses_partial_blocks and self.within_blocks else self.alignment
 
     @property
+    def takes_borders(self) -> bool:
+        """Whether a checkpoint may be worth its block within a prompt, where its caller expects others to part."""
+        return self.keeps_branches and self.branch_tokens < self.pool.block_size
+
+    @property
     def kept_unit(self) -> int:
         """Of a sequence that has ended, longer ones that begin with it hit a multiple of this many tokens."""
         return 1 if self.reuses_partial_blocks else self.alignment

@@ -149,18 +149,18 @@ class Places(Protocol):
 class ServedModel:
     """A model that can be served.
 
-    names: what it is called; the first is its usual name. name_patterns: what else requests may call it.
-    created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
-    cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
-    about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
-    sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
-    headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
-    its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
-    that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
-    reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered. rewrites_turns: whether the
-    user's next question makes its chat template render earlier turns in another way. keeps_checkpoints: whether hits
-    end at checkpoints, so that it matters where a prompt has borders. first_difference: of requests that a worker
-    answers; places: where their next prompts are computed; None of a model in this process.
+    names: what it is called; the first is its usual name. name_patterns: what else requests may call it. created: when
+    it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does. cache: what it has
+    cached; None where that is not looked into. public: the prefixes that all tenants share. about: how it is computed,
+    as short words by name ("dtype": "bfloat16"), for metrics. sampling_defaults: the model's, for what requests do not
+    set. dims: its size, for those who ask what is loaded. headers: further headers of the answer to a request, by the
+    request's id in the engine. assembled: the engine with its parts, where it is in this process. fingerprint: of
+    weights and config. on_overflow: whether a ``max_tokens`` that, with the prompt, exceeds the context is clipped to
+    the rest of it, or refused. output_format: how it writes reasoning and tool calls. answer_memory: a tenant's
+    answers, where they are remembered. rewrites_turns: whether the user's next question makes its chat template render
+    earlier turns in another way. takes_borders: whether the engine leaves checkpoints at a prompt's borders.
+    first_difference: of requests that a worker answers; places: where their next prompts are computed; None of a model
+    in this process.
     """
 
     names: tuple[str, ...]
@@ -181,7 +181,7 @@ class ServedModel:
     output_format: OutputFormat = field(default_factory=OutputFormat)
     answer_memory: AnswerMemory | None = None
     rewrites_turns: bool = False
-    keeps_checkpoints: bool = False
+    takes_borders: bool = False
     first_difference: FirstDifference | None = None
     places: Places | None = None
 

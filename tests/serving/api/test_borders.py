@@ -50,7 +50,7 @@ def model(
         tokenizer(family),
         output_format=family.format,
         rewrites_turns=rewrites,
-        keeps_checkpoints=keeps,
+        takes_borders=keeps,
     )
 
 

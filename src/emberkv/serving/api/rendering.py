@@ -361,7 +361,7 @@ def _rendered(
         history=spliced.outcomes,
         recorder=None if memory is None else spliced.recorder(memory, conversation, model.output_format),
         next_prompt=next_prompt(conversation, partial(_token_ids, model=model)) if model.rewrites_turns else None,
-        borders=_borders(conversation, model, spliced, token_ids) if model.keeps_checkpoints else (),
+        borders=_borders(conversation, model, spliced, token_ids) if model.takes_borders else (),
     )
     if mark is None:
         return rendered
