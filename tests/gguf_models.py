@@ -33,7 +33,7 @@ def write_gguf(
     """
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     config = model.config
-    name = next(ours for ours, theirs in ARCHITECTURES.items() if theirs == config.model_type)
+    name = _architecture(config)
     writer = gguf.GGUFWriter(path, name)
     _add_shape(writer, name, config)
     _add_tokenizer(writer, checkpoint)
@@ -48,10 +48,10 @@ def write_gguf(
     for parameter, tensor in model.state_dict().items():
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        stored = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        values = _as_stored(name, config, stored, tensor).contiguous()
-        kind = kind_of(stored) if values.ndim > 1 else Kind.F32
-        writer.add_tensor(stored, _encoded(values, kind), raw_dtype=kind)
+        for stored, part in _parts(names, parameter, tensor).items():
+            values = _as_stored(name, config, stored, part).contiguous()
+            kind = kind_of(stored) if values.ndim > 1 and "ffn_gate_inp" not in stored else Kind.F32
+            writer.add_tensor(stored, _encoded(values, kind), raw_dtype=kind)
     for stored, values in (tensors or {}).items():
         writer.add_tensor(stored, values)
     writer.write_header_to_file()
@@ -59,6 +59,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _architecture(config: Any) -> str:
+    kind = "llama" if config.model_type == "mixtral" else config.model_type
+    return next(ours for ours, theirs in ARCHITECTURES.items() if theirs == kind)
+
+
+def _parts(names: gguf.TensorNameMap, parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of the file that hold a parameter, each with its part of that."""
+    if ".experts." not in parameter:
+        return {names.get_name(parameter, try_suffixes=(".weight", ".bias")) or "": value}
+    layer = parameter.split(".")[2]
+    if parameter.endswith("down_proj"):
+        return {f"blk.{layer}.ffn_down_exps.weight": value}
+    gate, up = value.chunk(2, dim=1)
+    return {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
 
 
 def _encoded(values: torch.Tensor, kind: Kind) -> NDArray[Any]:
@@ -79,6 +95,12 @@ def _add_shape(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
+    experts = getattr(config, "num_local_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if name == "qwen3moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -118,14 +140,16 @@ def _merges(described: Any) -> list[str]:
 def dequantised(checkpoint: Path, path: Path, folder: Path) -> Path:
     """Write to ``folder`` the plain checkpoint whose matrices are the file's, by gguf's own arithmetic."""
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    name = next(ours for ours, theirs in ARCHITECTURES.items() if theirs == model.config.model_type)
+    name = _architecture(model.config)
     arch = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for parameter, value in model.named_parameters():
-        tensor = tensors[names.get_name(parameter, try_suffixes=(".weight", ".bias"))]
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        value.data = _from_stored(name, model.config, tensor.name, values)
+        parts = []
+        for stored in _parts(names, parameter, value):
+            values = torch.from_numpy(gguf.dequantize(tensors[stored].data, tensors[stored].tensor_type).copy())
+            parts.append(_from_stored(name, model.config, stored, values))
+        value.data = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     return folder

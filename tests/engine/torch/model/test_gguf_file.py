@@ -15,15 +15,18 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from emberkv.engine.torch.model.gguf_file import GGUFSource
-from emberkv.engine.torch.model.loader import load_model, load_tokenizer
+from emberkv.engine.torch.model.loader import DTypeName, load_model, load_tokenizer
 from emberkv.errors import CorruptModelError, UnsupportedModelError
-from tests.architectures import SUPPORTED
-from tests.gguf_models import write_gguf
+from tests.architectures import ALSO_SUPPORTED, SUPPORTED
+from tests.gguf_models import dequantised, write_gguf
 from tests.models import CHAT_TEMPLATE, EOS, TURN_END, USER_START, tiny_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 83)[None]
-UNWINDOWED = {"qwen3": {"use_sliding_window": False, "sliding_window": None, "layer_types": None}}
+UNSAID: dict[str, dict[str, Any]] = {
+    "qwen3": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
+    "qwen3_moe": {"mlp_only_layers": []},
+}
 LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
                               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
 
@@ -31,7 +34,7 @@ LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0, "fa
 def checkpoint(arch: str, folder: Path, **settings: Any) -> Path:
     """A tiny random model in float32, of settings that a GGUF file can say."""
     tied = {"tie_word_embeddings": True} if arch == "gemma2" else {}
-    own = {**SUPPORTED[arch], **tied, **UNWINDOWED.get(arch, {}), **settings, **ENDS}
+    own = {**(SUPPORTED | ALSO_SUPPORTED)[arch], **tied, **UNSAID.get(arch, {}), **settings, **ENDS}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **own))
@@ -44,12 +47,13 @@ def checkpoint(arch: str, folder: Path, **settings: Any) -> Path:
 
 
 @torch.inference_mode()
-def logits(path: Path) -> torch.Tensor:
-    found: torch.Tensor = load_model(str(path), device="cpu").model(input_ids=TOKENS, use_cache=False).logits
+def logits(path: Path, dtype: DTypeName = "auto") -> torch.Tensor:
+    model = load_model(str(path), device="cpu", dtype=dtype).model
+    found: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
     return found
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
 def test_a_file_gives_the_model_that_it_was_written_from(tmp_path: Path, arch: str) -> None:
     settings = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "num_hidden_layers": 6}
     folder = checkpoint(arch, tmp_path / "plain", **(settings if arch == "gemma3_text" else {}))
@@ -237,6 +241,30 @@ def test_odd_metadata_are_refused(tmp_path: Path, key: str, value: object, messa
     path = write_gguf(folder, tmp_path / "model.gguf", changed={key: value}, **yarn)
     with pytest.raises((CorruptModelError, UnsupportedModelError), match=message):
         load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arch", "changed", "message"),
+    [
+        ("qwen2", {"qwen2.expert_count": 4}, "it has 4 experts, which are not known of qwen2; .* --quantize int8"),
+        ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}, "otherwise than by a softmax"),
+        ("mixtral", {"llama.expert_weights_norm": False}, "otherwise than by a softmax"),
+        ("qwen3_moe", {"qwen3moe.expert_count": None}, "no usable metadata of a qwen3moe model: .*expert_count"),
+    ],
+)
+def test_experts_that_are_not_understood_are_refused(
+    tmp_path: Path, arch: str, changed: dict[str, Any], message: str
+) -> None:
+    path = write_gguf(checkpoint(arch, tmp_path / "plain"), tmp_path / "model.gguf", changed=changed)
+    with pytest.raises((CorruptModelError, UnsupportedModelError), match=message):
+        GGUFSource(path)
+
+
+def test_a_gate_and_its_pair_in_other_bits_are_held_in_8(tmp_path: Path) -> None:
+    folder = checkpoint("qwen3_moe", tmp_path / "plain")
+    path = write_gguf(folder, tmp_path / "model.gguf", lambda name: Kind.Q4_0 if "gate_exps" in name else Kind.Q8_0)
+    plain = dequantised(folder, path, tmp_path / "dequantised")
+    torch.testing.assert_close(logits(path, "float32"), logits(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_which_layers_slide_is_the_metadatas(tmp_path: Path) -> None:

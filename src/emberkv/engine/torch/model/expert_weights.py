@@ -59,6 +59,22 @@ def expert_name(name: str, number: int) -> str:
     return name.replace(".switch_mlp.", f".experts.{number}.")
 
 
+_GGUF_PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+
+
+def gguf_expert_names(parameter: str) -> dict[str, str]:
+    """The tensors of a GGUF file that make up a stack of experts, each with the name by which `expert_part` knows it.
+
+    >>> gguf_expert_names("model.layers.7.mlp.experts.down_proj")
+    {'blk.7.ffn_down_exps.weight': 'model.layers.7.mlp.switch_mlp.down_proj.weight'}
+    """
+    block, _, own = parameter.rpartition(".experts.")
+    layer = block.partition(".layers.")[2].partition(".")[0]
+    return {
+        f"blk.{layer}.ffn_{part}_exps.weight": f"{block}.switch_mlp.{part}_proj.weight" for part in _GGUF_PARTS[own]
+    }
+
+
 class ExpertStacks:
     """Collects the weights of one model's experts, and puts a stack into the model once it is whole."""
 
@@ -102,6 +118,8 @@ class ExpertStacks:
         for number in range(1 + max(number for number, _ in parts)):
             halves = [parts.pop((number, half)) for half in (0, 1) if (number, half) in parts]
             whole = [each for each in halves if isinstance(each, QuantizedWeight)]
+            if len({each.bits for each in whole}) > 1:
+                whole = [each.in_8_bits() for each in whole]
             if len(whole) == len(halves):
                 quantised.append(whole[0] if len(whole) == 1 else whole[0].above(whole[1]))
             else:

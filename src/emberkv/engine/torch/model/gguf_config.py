@@ -18,11 +18,14 @@ ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
 }
-"""The type of model in transformers, by ``general.architecture``. Mistral's files call themselves llama."""
+"""The type of model in transformers, by ``general.architecture``. Mistral's files call themselves llama, and so do
+Mixtral's, which have experts.
+"""
 
 ENDS = tuple(f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id"))
 
@@ -46,8 +49,13 @@ _UNDERSTOOD = frozenset(
         "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
         "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
         "rope.scaling.yarn_log_multiplier", "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
+        "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func", "expert_weights_norm",
     }
 )  # fmt: skip
+_EXPERTS = {"llama": "num_local_experts", "qwen3moe": "num_experts"}
+"""Architectures of mixtures, and how their configs name the number of experts."""
+_SOFTMAX = 1
+"""What ``expert_gating_func`` says of routers that weight experts by a softmax."""
 _RESCALED = {"attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 """Factors of the scores, with the values at which they change nothing."""
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})
@@ -71,8 +79,9 @@ def config_of(path: Path, fields: Fields, stored: Container[str], floats: Floats
     if not 0 < own["block_count"] <= MOST_LAYERS:
         raise CorruptModelError(f"{path} gives {own['block_count']} layers; 1 to {MOST_LAYERS} are built")
     try:
-        settings = _settings(name, own, fields, floats)
-        return AutoConfig.for_model(ARCHITECTURES[name], **settings, tie_word_embeddings="output.weight" not in stored)
+        settings = _settings(name, own, fields, floats) | _experts(name, own)
+        kind = "mixtral" if "num_local_experts" in settings else ARCHITECTURES[name]
+        return AutoConfig.for_model(kind, **settings, tie_word_embeddings="output.weight" not in stored)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{path} cannot be served: {error}; the model's safetensors folder would work, with --quantize int8 or int4"
@@ -128,6 +137,21 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
         settings["query_pre_attn_scalar"] = (
             own["embedding_length"] // own["attention.head_count"] if large else head_dim
         )
+    return settings
+
+
+def _experts(name: str, own: Fields) -> dict[str, Any]:
+    """The settings of a mixture; {} where there are no experts."""
+    count = own.get("expert_count", 0)
+    if not count and name != "qwen3moe":
+        return {}
+    if name not in _EXPERTS:
+        raise UnsupportedModelError(f"it has {count} experts, which are not known of {name}")
+    if own.get("expert_gating_func", _SOFTMAX) != _SOFTMAX or own.get("expert_weights_norm", True) is not True:
+        raise UnsupportedModelError("its router weights experts otherwise than by a softmax over the chosen ones")
+    settings = {_EXPERTS[name]: own["expert_count"], "num_experts_per_tok": own["expert_used_count"]}
+    if name == "qwen3moe":
+        settings |= {"moe_intermediate_size": own["expert_feed_forward_length"], "norm_topk_prob": True}
     return settings
 
 
@@ -196,6 +220,6 @@ def q_and_k_rows(config: PretrainedConfig, name: str) -> Tensor | None:
     """
     heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
     count = next((number for part, number in heads.items() if part in name), None)
-    if config.model_type != "llama" or count is None:
+    if config.model_type not in ("llama", "mixtral") or count is None:
         return None
     return torch.arange(count * config.head_dim).view(count, config.head_dim // 2, 2).transpose(1, 2).reshape(-1)

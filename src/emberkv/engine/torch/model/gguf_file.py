@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from emberkv.engine.tokenization.gguf_tokenizer import TURN_ENDS, gguf_tokenizer
 from emberkv.engine.torch.model.building import NamedWeight, build_model
+from emberkv.engine.torch.model.expert_weights import expert_name, expert_part, gguf_expert_names
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
 from emberkv.engine.torch.model.gguf_config import ENDS, config_of, q_and_k_rows, token_ids
@@ -85,10 +86,17 @@ class GGUFSource:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """The parameter that each tensor is. Raises UnsupportedModelError for a tensor that is none."""
+        """The parameter that each tensor is, or the part of one as `expert_part` knows it.
+
+        Raises UnsupportedModelError for a tensor that is none.
+        """
         mapping = gguf.get_tensor_name_map(_architecture(self._fields), self.config.num_hidden_layers)
         names: dict[str, str] = {}
-        for parameter in inspect_model(self.config).shapes:
+        shape = inspect_model(self.config)
+        for parameter in shape.shapes:
+            if parameter in shape.experts:
+                names |= gguf_expert_names(parameter)
+                continue
             found = mapping.get_name(parameter, try_suffixes=(".weight", ".bias"))
             if found is not None:
                 names.setdefault(found, parameter)
@@ -103,7 +111,9 @@ class GGUFSource:
         for name, tensor in self._tensors.items():
             if name in _IN_CONFIG:
                 continue
-            found, wanted = tuple(map(int, reversed(tensor.shape))), shape.shapes[self._names[name]]
+            part = expert_part(self._names[name])
+            known = shape.shapes[self._names[name] if part is None else part.parameter]
+            found, wanted = tuple(map(int, reversed(tensor.shape))), known if part is None else part.shape(known)
             if found != wanted:
                 raise CorruptModelError(
                     f"the tensors in {self.path} do not fit its metadata: {name} is stored as {list(found)}, and the "
@@ -120,8 +130,9 @@ class GGUFSource:
                     affine_bytes, prod(others), in_features,
                     bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets,
                 )  # fmt: skip
-                parameter = self._names[name]
-                held[parameter] = size(packed=packed and shape.is_product(parameter))
+                part = expert_part(self._names[name])
+                parameter = self._names[name] if part is None else part.parameter
+                held[parameter] = held.get(parameter, 0) + size(packed=packed and shape.is_product(parameter))
                 if packed and shape.output is not None and shape.is_tied_embedding(parameter):
                     held[shape.output] = size(packed=True)
         return shape.num_bytes(dtype, held, packed=packed)
@@ -166,6 +177,9 @@ class GGUFSource:
             tensor = self._tensors.get(name)
             if tensor is None:
                 continue
+            if expert_part(parameter) is not None:
+                yield from _each_expert(parameter, tensor)
+                continue
             rows = q_and_k_rows(self.config, name)
             if tensor.tensor_type in BLOCK_TYPES:
                 weight = read_blocks(tensor.data, tensor.tensor_type)
@@ -186,6 +200,15 @@ class GGUFSource:
 
 def _architecture(fields: Mapping[str, Any]) -> gguf.MODEL_ARCH:
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == fields["general.architecture"])
+
+
+def _each_expert(name: str, tensor: gguf.ReaderTensor) -> Iterator[NamedWeight]:
+    """One after the other, of a tensor that has all of them. Unlike other weights, no rows of theirs are reordered."""
+    for number, rows in enumerate(tensor.data):
+        if tensor.tensor_type in BLOCK_TYPES:
+            yield expert_name(name, number), StoredWeight(read_blocks(rows, tensor.tensor_type))
+        else:
+            yield expert_name(name, number), torch.from_numpy(gguf.dequantize(rows, tensor.tensor_type).copy())
 
 
 def _is_read(kind: Kind) -> bool:

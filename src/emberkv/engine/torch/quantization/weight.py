@@ -134,6 +134,10 @@ class QuantizedWeight:
         offsets = None if self.offsets is None else self.offsets.repeat_interleave(times, dim=1)
         return QuantizedWeight(self.codes, self.scales.repeat_interleave(times, dim=1), offsets, group, self.bits)
 
+    def in_8_bits(self) -> "QuantizedWeight":
+        """The same values, whose codes are held in 8 bits."""
+        return QuantizedWeight(self.signed_codes(), self.scales, self.offsets, self.group, 8)
+
     def rows(self, start: int, stop: int, step: int = 1) -> "QuantizedWeight":
         """Of each ``step``-th output from ``start`` to before ``stop``; they share their memory with this one's."""
         some = slice(start, stop, step)
