@@ -5,7 +5,7 @@ import torch
 
 from emberkv.engine.torch.model.latent import TorchLatentProjection
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.engine.torch.native.latent import NativeLatentProjection
+from emberkv.engine.torch.native.layers import NativeLatentProjection
 
 HEADS, NOPE, VALUES, RANK, ROTATED, TOKENS = 3, 6, 10, 16, 4, 40
 

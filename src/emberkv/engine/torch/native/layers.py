@@ -1,4 +1,4 @@
-"""A model's linear layers, gated pairs of them and RMS norms, computed by the compiled kernels."""
+"""A model's linear layers, gated pairs of them, RMS norms and latent projections, computed by the compiled kernels."""
 
 import copy
 import ctypes
@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from emberkv.engine.torch.attention.paged_attention import rows_left
 from emberkv.engine.torch.layers import linear_parts, stand_in
+from emberkv.engine.torch.model.latent import TorchLatentProjection
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
 from emberkv.engine.torch.quantization.layers import QuantizedLinear
 from emberkv.engine.torch.quantization.packing import pack
@@ -95,6 +96,39 @@ class NativeRMSNorm(nn.Module):
         call.rows, call.type = rows.shape[0], type_number(rows)
         self._kernels.rms_norm(call)
         return out.view(inputs.shape)
+
+
+class NativeLatentProjection(nn.Module):
+    """The products of multi-head latent attention: a layer a head, all heads in one call. See `LatentProjection`."""
+
+    def __init__(self, kernels: Kernels, plain: TorchLatentProjection) -> None:
+        super().__init__()
+        self.rank, self.nope = plain.rank, plain.nope
+        to_keys = [NativeLinear(kernels, each.t(), None) for each in plain.to_keys]
+        to_values = [NativeLinear(kernels, each, None) for each in plain.to_values]
+        self._layers = to_keys, to_values  # not registered as modules: none of them is called by itself
+        self._kernels = kernels
+        self._to_keys, self._to_values = (
+            (LinearCall * len(some))(*(each.call for each in some)) for some in self._layers
+        )
+
+    def queries(self, heads: Tensor) -> Tensor:
+        return self._product(self._to_keys, heads)
+
+    def outputs(self, latents: Tensor) -> Tensor:
+        return self._product(self._to_values, latents[..., : self.rank].transpose(0, 1)).transpose(0, 1)
+
+    def _product(self, calls: Any, inputs: Tensor) -> Tensor:
+        """``[heads, tokens, inputs]``, whose last axis is dense, to ``[heads, tokens, outputs]``."""
+        rows = inputs.shape[1]
+        out = torch.empty(len(calls), rows, calls[0].out_features, dtype=inputs.dtype)
+        kind, element = type_number(inputs), inputs.element_size()
+        for head, call in enumerate(calls):
+            call.inputs = inputs.data_ptr() + head * inputs.stride(0) * element
+            call.out = out.data_ptr() + head * out.stride(0) * element
+            call.input_row, call.rows, call.type = inputs.stride(1), rows, kind
+        self._kernels.linears(calls)
+        return out
 
 
 def _call(layer: NativeLinear | NativeGatedPair, weight: Weight) -> LinearCall:
@@ -193,6 +227,18 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
                 dtype = child.dtype if isinstance(child, QuantizedLinear) else None
                 setattr(parent, name, NativeLinear(kernels, *parts, dtype))
                 replaced += 1
+    return replaced
+
+
+@torch.inference_mode()
+def replace_latents(model: nn.Module, kernels: Kernels) -> int:
+    """Put the kernels in the place of all projections from and to latents. Returns the number replaced."""
+    replaced = 0
+    for module in list(model.modules()):
+        plain: Any = getattr(module, "latent", None)
+        if isinstance(plain, TorchLatentProjection) and takes(plain.to_values) and plain.nope % 2 == 0:
+            module.latent = NativeLatentProjection(kernels, plain)
+            replaced += 1
     return replaced
 
 
