@@ -37,7 +37,7 @@ from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.layers import replace_latents, replace_layers
 from emberkv.engine.torch.native.recurrence import replace_recurrences
-from emberkv.engine.torch.recurrent import use_recurrent_state
+from emberkv.engine.torch.recurrence import use_recurrent_state
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     Findings,
