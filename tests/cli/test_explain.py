@@ -230,7 +230,7 @@ def test_nobody_listens(server: _Server) -> None:
     outcome = CliRunner().invoke(app, ["explain", "--url", "http://127.0.0.1:1", "--text", "Hi"])
     assert outcome.exit_code == 2
     assert "does not answer" in outcome.stderr
-    assert "is the server running? Name another with --url or EMBERKV_URL" in outcome.stderr
+    assert "start a server with 'emberkv serve', or name another with --url or EMBERKV_URL" in outcome.stderr
 
 
 def test_the_server_can_be_named_by_a_variable(server: _Server) -> None:

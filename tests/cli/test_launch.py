@@ -12,7 +12,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from emberkv.cli.launch import Client, Invocation, LaunchError, Target, find_target, invocation
+from emberkv.cli.connection import ServerError
+from emberkv.cli.launch import Client, Invocation, Target, find_target, invocation
 from emberkv.cli.main import app
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import EMBERKV, START_DEADLINE, clean_environment, serving
@@ -176,13 +177,13 @@ def test_a_server_that_loads_its_model_is_waited_for_and_its_warm_up_is_not(stat
 
 
 def test_without_a_wait_a_server_that_loads_is_an_error() -> None:
-    with pytest.raises(LaunchError, match="answers 503: loading"):
+    with pytest.raises(ServerError, match="answers 503: loading"):
         find_target(answering((503, {"error": {"message": "loading"}})), None, None, wait=0)
 
 
 @pytest.mark.parametrize(("key", "message"), [(None, "needs an API key"), ("wrong", "does not accept the key given")])
 def test_a_missing_or_wrong_key_is_said(key: str | None, message: str) -> None:
-    with pytest.raises(LaunchError, match=f"{message}; give one with --key or EMBERKV_API_KEY"):
+    with pytest.raises(ServerError, match=f"{message}; give one with --key or EMBERKV_API_KEY"):
         find_target(answering((401, {})), None, key, wait=0)
 
 
@@ -194,7 +195,7 @@ def test_a_server_that_is_not_running_is_said() -> None:
 
 @pytest.mark.parametrize("body", [{"data": []}, {"data": [{"id": "a"}]}, ["a"]])
 def test_a_list_of_models_that_lacks_what_is_needed_is_an_error(body: Any) -> None:
-    with pytest.raises(LaunchError, match="http://server is no emberkv server"):
+    with pytest.raises(ServerError, match="http://server is no emberkv server"):
         find_target(answering((200, body)), None, None, wait=0)
 
 

@@ -5,8 +5,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from emberkv.cli.connection import ServerError
 from emberkv.cli.main import app
-from emberkv.cli.top import Interval, Reading, ServerError, read, view
+from emberkv.cli.top import Interval, Reading, read, view
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -128,4 +129,4 @@ def test_the_ways_to_name_the_server(arguments: list[str], variables: dict[str, 
     result = CliRunner().invoke(app, ["top", "--once", *arguments], env=variables)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: http://127.0.0.1:1 does not answer (")
-    assert "Name another with --url or EMBERKV_URL" in result.stderr
+    assert "or name another with --url or EMBERKV_URL" in result.stderr

@@ -1,11 +1,18 @@
-"""How the commands that ask a server reach it: the options that name the server and a key, and the connection."""
+"""How the commands that ask a server reach it: their options for the server and a key, the connection, its errors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import httpx
 import typer
 
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, EmberError
+
+
+class ServerError(EmberError):
+    """The server cannot be reached, does not answer what it is asked, or may not be asked."""
+
 
 LOCAL_URL = "http://127.0.0.1:8080"
 
@@ -30,3 +37,17 @@ def connection(url: str, key: str | None) -> dict[str, Any]:
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
         raise ConfigError("--key: use a key of ASCII characters, as the server has it")
     return {"base_url": parsed, "headers": {} if key is None else {"authorization": f"Bearer {key}"}}
+
+
+@contextmanager
+def reaching(client: httpx.Client) -> Iterator[None]:
+    """Raise ServerError for a failure to reach the client's server, with what to do about it."""
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise ServerError(
+            f"{client.base_url} does not answer ({error}); start a server with 'emberkv serve', "
+            "or name another with --url or EMBERKV_URL"
+        ) from error
+    except httpx.HTTPError as error:
+        raise ServerError(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error

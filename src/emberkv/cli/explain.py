@@ -14,10 +14,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerUrl, connection
+from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerError, ServerUrl, connection, reaching
 from emberkv.cli.explain_template import explain_template
 from emberkv.cli.suggestions import Suggestions, print_suggestions
-from emberkv.errors import EmberError, RequestError
+from emberkv.errors import RequestError
 from emberkv.serving.api.validation import is_anthropic
 
 BAR_CELLS = 60
@@ -285,10 +285,6 @@ class Api(Enum):
     ANTHROPIC = "anthropic"
 
 
-class ExplainError(EmberError):
-    """The server cannot be reached, or does not answer the question."""
-
-
 Source = Annotated[
     str | None, typer.Argument(help="A file with a request's JSON or a prompt's text; - reads standard input.")
 ]
@@ -356,19 +352,13 @@ def explain(
 
 
 def ask(client: httpx.Client, question: dict[str, Any] | None) -> dict[str, Any]:
-    """The explanation, or where there is no question, the suggestions. Raises ExplainError when none come back."""
-    try:
+    """The explanation, or where there is no question, the suggestions. Raises ServerError when none come back."""
+    with reaching(client):
         response = client.get(SUGGESTIONS_PATH) if question is None else client.post(PATH, json=question)
+    try:
         answer = response.json()
-    except httpx.ConnectError as error:
-        raise ExplainError(
-            f"{client.base_url} does not answer ({error}); is the server running? "
-            "Name another with --url or EMBERKV_URL"
-        ) from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ExplainError(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
     except ValueError as error:
-        raise ExplainError(f"{client.base_url} is no emberkv server: its answer is not JSON") from error
+        raise ServerError(f"{client.base_url} is no emberkv server: its answer is not JSON") from error
     if response.status_code != 200 or not isinstance(answer, dict):
         problem = answer.get("error") if isinstance(answer, dict) else None
         problem = problem if isinstance(problem, dict) else {}
@@ -377,7 +367,7 @@ def ask(client: httpx.Client, question: dict[str, Any] | None) -> dict[str, Any]
         if response.status_code == httpx.codes.UNAUTHORIZED:
             hint = "; give one with --key or EMBERKV_ADMIN_KEY"
         message = problem.get("message") or response.text[:200]
-        raise ExplainError(f"{client.base_url} answers {response.status_code}: {message}{hint}")
+        raise ServerError(f"{client.base_url} answers {response.status_code}: {message}{hint}")
     return answer
 
 
@@ -433,4 +423,4 @@ def _checked(answer: dict[str, Any], shape: type[Shape]) -> Shape:
     try:
         return shape.model_validate(answer)
     except ValidationError as error:
-        raise ExplainError(f"the server's answer is no explanation: {error.errors()[0]['msg']}") from error
+        raise ServerError(f"the server's answer is no explanation: {error.errors()[0]['msg']}") from error

@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel, Field, ValidationError
 
 from emberkv.cli.command import error_console
-from emberkv.cli.connection import LOCAL_URL, ServerUrl, connection
+from emberkv.cli.connection import LOCAL_URL, ServerError, ServerUrl, connection, reaching
 from emberkv.errors import ConfigError, EmberError
 
 NO_KEY = "none"
@@ -51,7 +51,7 @@ PACKAGES = {
 
 
 class LaunchError(EmberError):
-    """The server or the client cannot be used."""
+    """The client cannot be started."""
 
 
 class _Card(BaseModel):
@@ -237,7 +237,7 @@ def find_target(http: httpx.Client, model: str | None, key: str | None, wait: fl
 
     wait: seconds to wait for a server that is loading its model.
 
-    Raises LaunchError if the server does not answer, and ConfigError if it has no such model.
+    Raises ServerError if the server does not answer, and ConfigError if it has no such model.
     """
     listed = _ask(http, "/v1/models", key, wait, _Models).data
     card = next((each for each in listed if model in (None, each.id)), None)
@@ -257,15 +257,15 @@ def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: typ
                 response = _get(http, path)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         given = "does not accept the key given" if key is not None else "needs an API key"
-        raise LaunchError(f"{http.base_url} {given}; give one with --key or EMBERKV_API_KEY")
+        raise ServerError(f"{http.base_url} {given}; give one with --key or EMBERKV_API_KEY")
     if response.status_code == httpx.codes.NOT_FOUND:
         raise ConfigError(f"MODEL: {_message(response)}")
     if response.status_code != httpx.codes.OK:
-        raise LaunchError(f"{http.base_url} answers {response.status_code}: {_message(response)}")
+        raise ServerError(f"{http.base_url} answers {response.status_code}: {_message(response)}")
     try:
         return shape.model_validate_json(response.content)
     except ValidationError as error:
-        raise LaunchError(f"{http.base_url} is no emberkv server: {path} has {error.errors()[0]['msg']}") from error
+        raise ServerError(f"{http.base_url} is no emberkv server: {path} has {error.errors()[0]['msg']}") from error
 
 
 def _has_model(ready: httpx.Response) -> bool:
@@ -287,10 +287,5 @@ def _message(response: httpx.Response) -> str:
 
 
 def _get(http: httpx.Client, path: str) -> httpx.Response:
-    try:
+    with reaching(http):
         return http.get(path)
-    except httpx.TransportError as error:
-        raise LaunchError(
-            f"{http.base_url} does not answer ({error}); start a server with 'emberkv serve', "
-            "or name another with --url or EMBERKV_URL"
-        ) from error

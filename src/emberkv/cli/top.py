@@ -15,18 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import printable
-from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerUrl, connection
-from emberkv.errors import EmberError
+from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerError, ServerUrl, connection, reaching
 
 SHOWN_ROWS = 6
 """Of sessions, and of prefixes."""
 BAR_COLUMNS = 20
 
 _COLOURS = {"pool": "green", "ram": "cyan", "disk": "blue", "shared": "magenta", "remote": "magenta"}
-
-
-class ServerError(EmberError):
-    """The server does not answer, or may not be asked."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +108,9 @@ def top(
 
 def read(client: httpx.Client, at: float) -> Reading:
     """Ask the server. Raises ServerError where it does not answer, or may not be asked."""
-    try:
+    with reaching(client):
         metrics = client.get("/metrics")
         sessions, prefixes = client.get("/v1/cache/sessions"), client.get("/v1/cache/prefixes")
-    except httpx.TransportError as error:
-        raise ServerError(
-            f"{client.base_url} does not answer ({error}); is the server running? "
-            "Name another with --url or EMBERKV_URL"
-        ) from error
     if metrics.status_code != httpx.codes.OK:
         raise ServerError(f"{client.base_url} refuses /metrics with status {metrics.status_code}; give --key")
     samples: dict[str, list[tuple[Mapping[str, str], float]]] = {}
