@@ -149,7 +149,8 @@ def test_a_model_for_text_and_images_is_its_text_part() -> None:
         ({"kv_lora_rank": 512}, "kv_lora_rank"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ({"global_head_dim": 512, "num_global_key_value_heads": 2}, r"global_head_dim, num_global_key_value_heads\)"),
-        ({"num_kv_shared_layers": 3}, r"share keys and values \(num_kv_shared_layers\), .* emberkv size read"),
+        ({"num_kv_shared_layers": 3}, r"than keys \(num_kv_shared_layers\), .* emberkv size read"),
+        ({"v_head_dim": 128}, "v_head_dim"),
     ],
 )
 def test_a_model_with_other_state_or_layers_that_differ_is_refused(more: dict[str, Any], named: str) -> None:

@@ -165,8 +165,13 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _OTHER_STATE = ("kv_lora_rank", "linear_num_key_heads", "ssm_state_size", "mamba_d_state", "cross_attention_layers")
 """Keys of models whose cache is not keys and values of every token and head."""
 
-_LAYERS_DIFFER = ("global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_kv_shared_layers")
-"""Keys of models whose layers differ in heads, or share keys and values (Gemma 3n and 4)."""
+_HEADS_DIFFER = (
+    "global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_attention_heads_per_layer",
+    "num_kv_shared_layers", "v_head_dim",
+)  # fmt: skip
+"""Keys of models whose layers differ in heads or share keys and values (Gemma 3n and 4), or whose values are of another
+size than keys (MiMo-V2-Flash).
+"""
 
 DEMO_NAME = "emberkv-demo"
 
@@ -185,11 +190,12 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         raise UnsupportedModelError(
             f"{name} keeps other state than per-token keys and values ({', '.join([*others, *sorted(kinds)])})"
         )
-    differing = [key for key in _LAYERS_DIFFER if found.get(key)]
+    differing = [key for key in _HEADS_DIFFER if found.get(key)]
     if differing:
         raise UnsupportedModelError(
-            f"{name} has layers that differ in heads or share keys and values ({', '.join(differing)}), which the "
-            "simulator does not compute; emberkv models and emberkv size read such a model's folder with its weights"
+            f"{name} has layers that differ in heads or share keys and values, or values of another size than keys "
+            f"({', '.join(differing)}), which the simulator does not compute; emberkv models and emberkv size read "
+            "such a model's folder with its weights"
         )
     return _read(_Fields(name, found))
 

@@ -23,8 +23,8 @@ COMBINATIONS = [(arch, dtype) for arch, _ in FLOAT32 for dtype in ("float32", "b
 COMBINATIONS += [(arch, "bfloat16/int8") for arch in ("gpt_oss", "gemma4_text", "llama4_text", "deepseek_v3")]
 OF_EACH_KIND = (
     "bamba", "bloom", "deepseek_v2", "deepseek_v3", "falcon", "falcon-alibi", "falcon_h1", "gemma3n_text",
-    "gemma4_text", "gpt_neo", "gpt_oss", "granitemoehybrid", "lfm2", "llama4_text", "mpt", "nemotron_h", "olmo_hybrid",
-    "qwen3_5_text", "qwen3_next", "vaultgemma", "xglm",
+    "gemma4_text", "gpt_neo", "gpt_oss", "granitemoehybrid", "lfm2", "llama4_text", "mimo_v2_flash", "mpt",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "vaultgemma", "xglm",
 )  # fmt: skip
 """Of each way to attend and of each kind of state, some: without the kernels, all else is the model's own code."""
 

@@ -163,7 +163,7 @@ def test_mxfp4_holds_every_value() -> None:
 
 
 def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Any bytes are a block, but for the float16 numbers in them, which are made small."""
+    """Any bytes are a block, but for the float16 numbers and exponents in them, which are made small."""
     values, size = GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(int(kind))
     blocks = generator.integers(0, 256, (rows * columns // values, size), dtype=np.uint8)
@@ -172,6 +172,8 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int) -> np.nda
         blocks[:, -4:] = halves
     elif kind in (GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q6_K):
         blocks[:, -2:] = halves[:, :2]
+    elif kind is GGMLQuantizationType.MXFP4:
+        blocks[:, 0] = generator.integers(115, 128, len(blocks))
     else:
         wide = 4 if BLOCK_TYPES[kind].has_offsets else 2
         blocks[:, :wide] = halves[:, :wide]

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PretrainedConfig
 
 from emberkv.engine.torch.model.geometry import Window
@@ -249,13 +250,16 @@ def _paged_attention(
     layer = int(module.layer_idx)
     place = vars(module).get(_PLACE, layer)
     call = LayerCall(place, scale, window_of(module.config, layer, sliding_window), softcap, sinks, alibi_slopes)
-    out = _current_step.get().attend(
-        call,
-        into_latents(module, query).squeeze(0).transpose(0, 1),
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
-    )
-    return out_of_latents(module, out).unsqueeze(0), None
+    query, width = into_latents(module, query), value.shape[-1]
+    wider = max(key.shape[-1], width)
+    out = _current_step.get().attend(call, *(_rows(each, wider) for each in (query, key, value)))
+    return out_of_latents(module, out[..., :width]).unsqueeze(0), None
+
+
+def _rows(heads: Tensor, width: int) -> Tensor:
+    """``[1, heads, tokens, dim]`` as ``[tokens, heads, width]``, filled up with zeros, which add nothing to scores."""
+    rows = heads.squeeze(0).transpose(0, 1)
+    return pad(rows, (0, width - rows.shape[-1])) if rows.shape[-1] < width else rows
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

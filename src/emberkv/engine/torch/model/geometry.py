@@ -36,7 +36,11 @@ KV_SCALE_BYTES = 2
 
 
 class HeadShape(NamedTuple):
-    """Of a layer's attention. heads: of its queries. kv_heads: of its keys, and of its values. dim: values of each."""
+    """Of a layer's attention. heads: of its queries. kv_heads: of its keys, and of its values.
+
+    dim: values of each head; where keys and values differ in that, the larger number, to which the others are filled up
+    with zeros.
+    """
 
     heads: int
     kv_heads: int
@@ -72,7 +76,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """All layers that keep state. In each one with attention, keys are as wide as values.
+    """All layers that keep state.
 
     num_heads, num_kv_heads, head_dim: of all layers that have no `LayerGeometry.head_shape` of their own.
 

@@ -109,7 +109,7 @@ class _Call:
 
     @property
     def head_shape(self) -> HeadShape:
-        return HeadShape(self.query_shape[1], self.key_shape[1], self.key_shape[3])
+        return HeadShape(self.query_shape[1], self.key_shape[1], max(self.key_shape[3], self.value_shape[3]))
 
 
 _calls: ContextVar[list[_Call]] = ContextVar("_calls")
@@ -364,8 +364,8 @@ def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateG
         order = ", ".join(map(str, attending)) or "none"
         raise _refuse(config, f"its layers ({count}) attend not once each in order but: {order}")
     for call in calls:
-        if call.key_shape != call.value_shape:
-            raise _refuse(config, f"its keys {call.key_shape} and values {call.value_shape} differ in shape")
+        if call.key_shape[:3] != call.value_shape[:3]:
+            raise _refuse(config, f"its keys {call.key_shape} and values {call.value_shape} differ in heads")
     usual = calls[0].head_shape
     context = stated_context(config)
     if not context:

@@ -158,6 +158,15 @@ def _iq4_xs(blocks: Bytes) -> _Parts:
     return _UNEVEN[codes], _halves(blocks, 0) * factors, None
 
 
+_TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.int16)
+"""Twice the values of 4 bits with an exponent of two."""
+
+
+def _mxfp4(blocks: Bytes) -> _Parts:
+    exponents = blocks[:, :1].astype(np.int32) - 128  # of half the scale
+    return _TWICE_E2M1[_nibbles(blocks[:, 1:])], np.ldexp(np.float32(1), exponents), None
+
+
 BLOCK_TYPES: Mapping[GGMLQuantizationType, BlockType] = {
     GGMLQuantizationType.Q4_0: BlockType(4, 32, False, _q4_0),
     GGMLQuantizationType.Q4_1: BlockType(4, 32, True, _q4_1),
@@ -171,5 +180,6 @@ BLOCK_TYPES: Mapping[GGMLQuantizationType, BlockType] = {
     GGMLQuantizationType.Q6_K: BlockType(8, 16, False, _q6_k),
     GGMLQuantizationType.IQ4_NL: BlockType(8, 32, False, _iq4_nl),
     GGMLQuantizationType.IQ4_XS: BlockType(8, 32, False, _iq4_xs),
+    GGMLQuantizationType.MXFP4: BlockType(8, 32, False, _mxfp4),
 }
-"""What is held integer by integer: 2 and 3 bits in 4, and 5, 6 and the unequally spaced 4 of IQ4 in 8."""
+"""What is held integer by integer: 2 and 3 bits in 4, and 5, 6 and the unequally spaced 4 of IQ4 and MXFP4 in 8."""
