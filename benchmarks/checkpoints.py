@@ -3,10 +3,10 @@
     python -m benchmarks.checkpoints [--seed 1]
 
 Blocks of 64 tokens; a checkpoint saves at least 8. Twelve conversations at a time, in random order, with one sequence
-in the pool at once: conversations behind four system prompts, such where one answer in five is asked for twice, such
-of a template that drops thoughts, such with a system prompt each, single questions behind four system prompts, and
-agents of many turns behind two. Every prompt is computed in the real scheduler over the real pool, without a model,
-so that the counts are the same on every machine.
+in the pool at once: conversations behind four system prompts, such where one answer in five is asked for twice, or
+one question in five is then asked in other words, such of a template that drops thoughts, such with a system prompt
+each, single questions behind four system prompts, and agents of many turns behind two. Every prompt is computed in
+the real scheduler over the real pool, without a model, so that the counts are the same on every machine.
 """
 
 import argparse
@@ -32,7 +32,8 @@ GENERATION_PROMPT = [1001, 1002, 1003]
 @dataclass(frozen=True)
 class Traffic:
     """systems: how many system prompts all conversations have; 0: each has its own. turns: the mean of questions.
-    again: the share of prompts that come twice. drops_thoughts: from earlier answers.
+    again: the share of prompts that come twice. drops_thoughts: from earlier answers. edits: the share of questions
+    that are asked in other words once they are answered.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Traffic:
     systems: int
     again: float = 0.0
     drops_thoughts: bool = False
+    edits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Conversation:
 TRAFFIC = (
     Traffic("conversations", 40, 5, 4),
     Traffic("conversations, a fifth asked twice", 40, 5, 4, again=0.2),
+    Traffic("conversations, a fifth edited", 40, 5, 4, edits=0.2),
     Traffic("conversations, thoughts dropped", 40, 5, 4, drops_thoughts=True),
     Traffic("conversations, own system prompts", 40, 5, 0),
     Traffic("single questions", 100, 0.1, 4),
@@ -90,6 +93,9 @@ def requests(traffic: Traffic, rng: Random) -> Iterator[Asked]:
             thoughts = text(6, 75) if traffic.drops_thoughts else []
             said = text(1, 50)
             yield Asked(prompt, thoughts + said, borders)
+        if rng.random() < traffic.edits:
+            prompt = one.history + text(1, 50) + GENERATION_PROMPT
+            yield Asked(prompt, said, borders)
         one.history = prompt[: kept if traffic.drops_thoughts else None] + said
         one.questions_left -= 1
         if not one.questions_left:

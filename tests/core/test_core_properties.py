@@ -335,7 +335,7 @@ def test_any_operations_keep_books_and_content_right() -> None:
     run_state_machine_as_test(
         CoreMachine,
         settings=settings(
-            max_examples=400,
+            max_examples=340,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

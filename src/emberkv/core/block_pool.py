@@ -53,6 +53,7 @@ class BlockPool:
         self._cached = CachedBlocks(
             self.policy, block_cost, self.events, self.stats, journal=journal, probation=self._probation
         )
+        self._least_guess = 0
         self._blocks: list[Block] = []  # by block id, those that have been made
         self._blank: list[Block] = []  # of these, the free ones that hold nothing
 
@@ -104,12 +105,14 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
-    def index_children(self, *, copied_whole: bool = False) -> None:
+    def index_children(self, *, copied_whole: bool = False, least_guess: int = 0) -> None:
         """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent.
 
         copied_whole: a sequence goes on from a block only behind the last token that the block holds, not from its
-        beginning. So a partial block stays useful beside a longer one that begins with it.
+        beginning. So a partial block stays useful beside a longer one that begins with it. least_guess: the fewest
+        tokens with which it does; 0: it never does.
         """
+        self._least_guess = least_guess if copied_whole else 0
         self._cached.index_children(copied_whole=copied_whole)
 
     def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
@@ -391,10 +394,16 @@ class BlockPool:
     def _supersede(self, chain: Chain, start: int, stop: int) -> None:
         """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found.
 
-        Not a branch, and not a retained one: other prompts go on from it, and blocks are copied whole.
+        Not a branch, and not a retained one: other prompts go on from it, and blocks are copied whole. Then any other
+        is a guess from now on, if there is room for one more: its prompt's next message may be written anew.
         """
         shorter = self._cached.partial_prefix(chain, start, stop)
-        if shorter is not None and not shorter.branch and not shorter.retained:
+        if shorter is None or shorter.branch or shorter.retained:
+            return
+        if self._least_guess and shorter.num_tokens >= self._least_guess and self._may_guess:
+            shorter.branch = True
+            self._probation.add(shorter)
+        else:
             self._withdraw(shorter)
 
     def _withdraw(self, block: Block) -> None:

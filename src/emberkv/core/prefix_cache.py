@@ -292,7 +292,7 @@ class PrefixCache:
         self.reuses_partial_blocks = enabled and batch_invariant and alignment == pool.block_size
         self.keeps_branches = self.reuses_partial_blocks and not within_blocks
         if self.reuses_partial_blocks:
-            pool.index_children(copied_whole=not within_blocks)
+            pool.index_children(copied_whole=not within_blocks, least_guess=branch_tokens)
 
     @property
     def hit_unit(self) -> int:
