@@ -5,11 +5,15 @@ from typing import Any
 
 import httpx
 
-from emberkv.cli.cluster import gateway_stages, serve_stages
+from emberkv.cli.cluster import gateway_stages, serve_failure, serve_stages
 
 
 def deployment(**states: int) -> Any:
     return SimpleNamespace(replica_states=states)
+
+
+def failed(message: str, status: str = "DEPLOY_FAILED") -> Any:
+    return SimpleNamespace(status=SimpleNamespace(value=status), message=message)
 
 
 def gateway(ready: int, workers: httpx.Response | Exception) -> httpx.Client:
@@ -51,3 +55,12 @@ def test_a_gateway_that_does_not_answer_or_tells_its_operator_alone() -> None:
         assert gateway_stages(absent) == ({}, False)
     with gateway(200, httpx.Response(401, json={"error": {}})) as guarded:
         assert gateway_stages(guarded) == ({}, True)
+
+
+def test_why_serve_has_given_up_is_the_servers_own_error() -> None:
+    trace = "failed 3 times. Error:\nTraceback:\nemberkv.errors.PlacementError: http://h:1 ended: no folder '/m' exists"
+    deployments = {"worker-0": failed(trace), "gateway": failed("", "HEALTHY")}
+    application = SimpleNamespace(deployments=deployments, **vars(failed("Failed to update the deployments.")))
+    assert serve_failure(application) == "worker-0: http://h:1 ended: no folder '/m' exists"
+    application.deployments = {}
+    assert serve_failure(application) == "Ray Serve says DEPLOY_FAILED: Failed to update the deployments."

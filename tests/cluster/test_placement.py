@@ -1,6 +1,8 @@
 """What Ray Serve is asked for, and what its autoscaling policy answers it. Serve itself: tests/e2e/test_ray.py."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from emberkv.cluster.placement import GATEWAY, Placement, ScalingPolicy, app, serve_config
+from tests.waiting import DEADLINE
 
 
 def context(name: str, replicas: int, **metrics: float) -> Any:
@@ -79,3 +82,22 @@ def test_serve_accepts_the_configuration_file_and_the_one_in_the_documentation()
 def test_an_argument_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match="replicas"):
         Placement.model_validate({"secret_file": "/run/secret", "replicas": 2})
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_error_and_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "worker.err"
+    script = f"""
+import os, sys
+os.dup2(os.open({str(log)!r}, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+from emberkv.cluster.placement import ServerProcess
+from emberkv.errors import PlacementError
+try:
+    ServerProcess(["serve", "/no/such/model", "--port", "0"], "http://127.0.0.1:1").wait_for("/ready", {DEADLINE})
+except PlacementError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "http://127.0.0.1:1 ended with exit code 2 before /ready was 200: no folder '/no/such/model' exists; "
+    )
+    assert done.stdout.endswith(f" (its log is {log})\n")

@@ -339,7 +339,7 @@ def _wait_ready(state: ClusterState, seconds: float) -> None:
             known |= stages
             found = serve.status().applications.get(state.name)
             if found is not None and found.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise PlacementError(f"Ray Serve says {found.status.value}: {_last_line(found.message)}")
+                raise PlacementError(f"{serve_failure(found)}; emberkv cluster down ends what runs")
             for server, stage in (serve_stages(found) | known).items():
                 if shown.get(server) != stage:
                     shown[server] = stage
@@ -358,6 +358,16 @@ def serve_stages(application: Any) -> dict[str, str]:
         for name, found in sorted(deployments.items())
         if found.replica_states
     }
+
+
+def serve_failure(application: Any) -> str:
+    """Why Ray Serve has given up. application: Serve's status."""
+    reasons = [
+        f"{name}: {_last_line(found.message).rpartition('PlacementError: ')[2]}"
+        for name, found in sorted(application.deployments.items())
+        if found.status.value != "HEALTHY" and found.message
+    ]
+    return "; ".join(reasons) or f"Ray Serve says {application.status.value}: {_last_line(application.message)}"
 
 
 def gateway_stages(gateway: httpx.Client) -> tuple[dict[str, str], bool]:

@@ -41,7 +41,9 @@ UNMEASURED_PREFILL_RATE = 1000.0
 
 _HEALTH_SECONDS = 5.0
 _REPORT_SECONDS = 1.0
-_LOG_LINES = 5
+_LOG_BYTES = 65_536
+"""Read from the end of a log."""
+
 _AUTOSCALING = {
     "upscale_delay_s": 0,  # the policy has delays of its own
     "downscale_delay_s": 0,
@@ -97,7 +99,7 @@ class ServerProcess:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if (code := self._process.poll()) is not None:
-                raise PlacementError(f"{self.url} ended with exit code {code} before {route} was 200; its log says why")
+                raise PlacementError(f"{self.url} ended with exit code {code} before {route} was 200{_last_error()}")
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}{route}", timeout=_HEALTH_SECONDS).status_code == httpx.codes.OK:
                     return
@@ -270,6 +272,20 @@ def serve_config(placement: Placement, *, name: str, workers: int, max_workers: 
             }
         ],
     }
+
+
+def _last_error() -> str:
+    """The last error that a server has printed to its log, which is this process's, and where the log is; "" where that
+    is no file.
+    """
+    log = Path("/proc/self/fd/2").resolve()
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    error = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
+    return f": {error} (its log is {log})" if error else f"; its log is {log}"
 
 
 def worker_name(number: int) -> str:
