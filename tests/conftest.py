@@ -5,6 +5,7 @@ that hands tests to others, do without the seconds that this takes.
 """
 
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -46,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--compiled is given, but emberkv.core.scheduler is not compiled; scripts/test --compiled compiles a copy"
         )
+    if not config.getoption("--clients"):  # these are downloaded
+        _skip_certificates()
+
+
+def _skip_certificates() -> None:
+    """Let httpx find no certificates of authorities, here and in servers. Each HTTP client reads them when it is made,
+    which takes longer than most requests, and no test speaks TLS.
+    """
+    os.environ.pop("SSL_CERT_FILE", None)
+    os.environ["SSL_CERT_DIR"] = os.devnull
 
 
 @pytest.hookimpl(wrapper=True)
