@@ -57,11 +57,10 @@ def name_of(path: Path) -> str:
 
 
 @cache
-@cache
-def import_statements(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
     """At a file's top or inside a function."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def imports(path: Path) -> Iterator[str]:
