@@ -41,8 +41,11 @@ python_version = 3.11
 strict = true
 cache_dir = {cache}
 
-[mypy-emberkv.engine.*,emberkv.llm,emberkv.serving.*,matplotlib.*,numpy.*,torch.*,transformers.*]
+[mypy-emberkv.engine.*,emberkv.llm,emberkv.serving.*,matplotlib.*,torch.*,transformers.*]
 follow_imports = skip
+
+[mypy-mooncake.*]
+ignore_missing_imports = true
 """
 
 

@@ -43,6 +43,25 @@ def test_a_blocks_life() -> None:
     pool.check_integrity([pool.blocks])
 
 
+def test_new_blocks_are_committed_together_up_to_one_that_is_known() -> None:
+    pool = BlockPool(8, 4, journal=True)
+    [known] = pool.allocate(1)
+    pool.commit(known, ABC, 2, exact=True)
+    pool.take_committed()
+    table = pool.allocate(3)
+    assert pool.commit_new(table, ABC, 0, 3, exact=False) == 2
+    assert [block.state for block in table] == [BlockState.COMMITTED, BlockState.COMMITTED, BlockState.ALLOCATED]
+    assert [pool.lookup(block_hash) for block_hash in ABC.block_hashes] == [*table[:2], known]
+    assert [(block.tokens, block.parent, block.exact) for block in table[:2]] == [
+        (ABC.block_tokens(0), ABC.root, False),
+        (ABC.block_tokens(1), ABC.block_hashes[0], False),
+    ]
+    assert pool.commit_new(table, ABC, 2, 3, exact=False) == 0
+    assert pool.take_committed() == table[:2]
+    assert (pool.num_cached, pool.stats.committed_blocks) == (3, 3)
+    pool.check_integrity([[known], table])
+
+
 def test_blank_slots_go_first_then_the_end_of_a_chain() -> None:
     pool = BlockPool(5, 4)
     pool.free(store(pool, ABC))

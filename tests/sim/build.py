@@ -85,7 +85,9 @@ def single(name: str, prompt: int, output: int, *pieces: Span, at: float = 0.0, 
 
 
 def mixed_requests(seed: int, count: int, *, longest: int = 120, rate: float = 2.0) -> list[Request]:
-    """Requests of few, branching beginnings and answers, some in sessions, some that end early, by arrival."""
+    """Requests of few, branching beginnings and answers, some in sessions, some that end early, by arrival, of two
+    clients in turn.
+    """
     rng = Random(seed)
     now, requests = 0.0, []
     for number in range(count):
@@ -97,7 +99,7 @@ def mixed_requests(seed: int, count: int, *, longest: int = 120, rate: float = 2
         request = Request(
             request_id=f"r{number}", arrival_time=now, prompt_tokens=prompt, output_tokens=output,
             max_output_tokens=output + rng.choice([0, 0, 5]), content=Content(pieces),
-            session_id=rng.choice(["", "s0", "s1"]),
+            session_id=rng.choice(["", "s0", "s1"]), client_id=f"c{number % 2}",
         )  # fmt: skip
         requests.append(request)
     return requests

@@ -42,6 +42,8 @@ def set_ups(draw: st.DrawFn) -> dict[str, Any]:
         "max_retries": draw(st.integers(0, 2)),
         "random_outages": draw(st.sampled_from([None, {"mean_time_up": 5.0, "mean_time_down": 1.0}])),
         "tiers": draw(st.sampled_from([[], TIERS, [{**TIERS[1], "shared": True}]])),
+        "hit_unit": draw(st.sampled_from([None, 1])),
+        "tenant_weights": draw(st.sampled_from([{}, {"c0": 3.0}])),
     }
 
 
@@ -78,10 +80,15 @@ def test_everybody_has_an_outcome_and_everything_is_given_back(requests: list[An
 
 @settings(max_examples=150, deadline=None)
 @given(WORKLOADS, set_ups(), st.sampled_from([None, 3.0]))
-def test_steps_taken_together_change_no_row(requests: list[Any], how: dict[str, Any], stop_at: float | None) -> None:
+def test_steps_taken_together_change_nothing(requests: list[Any], how: dict[str, Any], stop_at: float | None) -> None:
     together, singly = (run(requests, **how, stop_at=stop_at, together=each) for each in (True, False))
     assert csv_of(together) == csv_of(singly)
     assert together.ending == singly.ending
+    assert together.simulator.series == singly.simulator.series
+    for ours, theirs in zip(together.simulator.replicas, singly.simulator.replicas, strict=True):
+        assert (ours.stats, ours.busy) == (theirs.stats, theirs.busy)
+        assert ours.pool.cached_hashes() == theirs.pool.cached_hashes()
+        assert [block.block_hash for block in ours.pool.blocks] == [block.block_hash for block in theirs.pool.blocks]
 
 
 @settings(max_examples=40, deadline=None)

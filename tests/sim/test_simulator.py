@@ -6,6 +6,7 @@ import emberkv.engine.assembly as serving
 from emberkv.core.scheduler import Scheduler
 from emberkv.sim import build
 from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn
+from emberkv.sim.replica import SimulatedRequest
 from emberkv.workload.request import After
 from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource
 from tests.sim.build import config, run, single, turn
@@ -30,6 +31,19 @@ def test_a_first_turn_computes_all_of_it() -> None:
     assert outcome.completion == (100 + 50 * 10) * MS, "the first token came with the prompt; then 49 and an end"
     assert (outcome.status, outcome.output_tokens) == (Status.COMPLETED, 50)
     ran.check_idle()
+
+
+def test_decode_steps_are_taken_together_over_the_blocks_that_they_fill() -> None:
+    replica, request = run([]).simulator.replicas[0], turn("s", 0, 100, 50)
+    replica.submit(SimulatedRequest(request, 0, request.chain(bytes(32), block_size=10)))
+    replica.add_arrivals()
+    counts, now = [], 0
+    while (step := replica.begin(now)) is not None:
+        counts.append(step.count)
+        now = step.ends
+        replica.end_step()
+    assert counts == [1, 50], "the prompt with the first token, and then 49 tokens and an end"
+    assert replica.pool.num_cached == 15
 
 
 def test_a_later_turn_computes_what_is_new() -> None:

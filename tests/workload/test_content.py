@@ -75,6 +75,25 @@ def test_blocks_are_encoded_as_they_are_one_by_one(pieces: list[Span], start: in
     assert list(content.encode_blocks(start, stop, size)) == expected
 
 
+@given(st.integers(0, 30), st.integers(1, 7), st.integers(0, 5), st.integers(0, 40), st.integers(1, 7))
+def test_a_content_in_blocks_is_one_of_spans(tokens: int, size: int, block: int, stop: int, other_size: int) -> None:
+    keys = [stream_key(number) for number in range(-(-tokens // size))]
+    in_blocks = Content.of_blocks(keys, size, tokens)
+    spans = Content(Span(key, 0, min(size, tokens - at * size)) for at, key in enumerate(keys))
+    stop = min(stop, tokens)
+    for each in (size, other_size):
+        assert in_blocks.encode_blocks(block * each, stop, each) == spans.encode_blocks(block * each, stop, each)
+    assert len(in_blocks) == tokens
+    assert in_blocks == spans
+
+
+@given(pieces, pieces, st.integers(0, 20))
+def test_contents_begin_alike_as_far_as_their_cuts_are_equal(left: list[Span], right: list[Span], stop: int) -> None:
+    one, other = Content(left), Content(right)
+    stop = min(stop, len(one), len(other))
+    assert one.begins_like(other, stop) == (stop == 0 or one.cut(0, stop) == other.cut(0, stop))
+
+
 @given(pieces, pieces, st.integers(0, 10), st.integers(1, 10))
 def test_encodings_are_equal_exactly_when_the_tokens_are(
     left: list[Span], right: list[Span], start: int, size: int

@@ -457,7 +457,7 @@ class ClusterEngine:
         if worker is None or worker in busy:
             return None
         found = self._membership.choose(asked, [worker])
-        return None if found is None else (worker, replace(found[1], reason=Reason.SEQUENCE))
+        return None if found is None else (worker, found[1]._replace(reason=Reason.SEQUENCE))
 
     async def _wait(self, seconds: float) -> None:
         """Until a worker's status changes, or for so long."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from emberkv.core.events import POOL
 from emberkv.core.hashing import BlockHash
@@ -82,8 +82,7 @@ class Reason(StrEnum):
     SEQUENCE = "sequence"  # the request says which; no policy is asked
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingView:
+class RoutingView(NamedTuple):
     """All that a policy decides from. Replicas are known by their slots, which count from 0.
 
     cached: for each slot, how many leading blocks of the prompt each tier has ("pool", the tiers below it, and
@@ -127,8 +126,7 @@ class Estimate:
         return self.waiting + sum(self.loading.values()) + self.computing
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """replica: the slot chosen, and why. cached_tokens: of the prompt, those it is expected to find there. estimates:
     of the replicas that are up, by policies that make them.
     """

@@ -21,6 +21,7 @@ from heapq import heappop, heappush
 from itertools import chain as joined
 from itertools import count
 from random import Random
+from typing import NamedTuple
 
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.hash_ring import HashRing
@@ -76,8 +77,7 @@ IN_FLIGHT_SECONDS = 2.0
 """A prompt counts as being computed for so long, and twice the expected time to its first token."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingRequest:
+class RoutingRequest(NamedTuple):
     """A request as routing sees it.
 
     chain: the prompt's blocks. session_id: "" for none. now: seconds of any clock that does not go back.

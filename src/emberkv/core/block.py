@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from emberkv.core.hashing import BlockHash
 
@@ -73,8 +74,7 @@ class MatchEnd(Enum):
     INEXACT = "inexact"  # the next block is not bit-equal to a cold prefill, and only such were asked for
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The blocks that a look-up found, in chain order, and why there are no more."""
 
     blocks: list[Block]

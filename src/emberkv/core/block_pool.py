@@ -5,15 +5,15 @@ again, or evicted when its place is needed. A free block is still a cache entry,
 in which free blocks are overwritten.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from emberkv.core.block import Block, BlockState, Match
-from emberkv.core.cached_blocks import BlockCost, CachedBlocks, ChildIndex, uniform_cost
+from emberkv.core.cached_blocks import BlockCost, CachedBlocks, uniform_cost
 from emberkv.core.checkpoints import Probation
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.policies.eviction import LRU, EvictionPolicy
+from emberkv.core.pool_laws import broken_laws
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
@@ -229,15 +229,16 @@ class BlockPool:
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Add a reference to each of these cached blocks, so that they are not evicted."""
-        taken = []
-        hits = []
+        taken, hits = [], []
+        committed = BlockState.COMMITTED
         for block in blocks:
-            assert block.block_hash is not None
+            block_hash = block.block_hash
+            assert block_hash is not None
             if block.ref_count == 0:
-                block.state = BlockState.COMMITTED
-                taken.append(block.block_hash)
+                block.state = committed
+                taken.append(block_hash)
             block.ref_count += 1
-            hits.append(block.block_hash)
+            hits.append(block_hash)
         self.policy.hold(taken)
         self.policy.access(hits)
 
@@ -259,8 +260,9 @@ class BlockPool:
         allocated = self._blank[first:]
         del self._blank[first:]
         allocated.reverse()
+        state = BlockState.ALLOCATED
         for block in allocated:
-            block.state = BlockState.ALLOCATED
+            block.state = state
             block.ref_count = 1
         return allocated
 
@@ -279,6 +281,32 @@ class BlockPool:
             self._cached.record_committed(block)
         return published
 
+    def commit_new(self, table: Sequence[Block], chain: Chain, start: int, stop: int, *, exact: bool) -> int:
+        """`commit` for the first of blocks ``[start, stop)`` of ``chain``, as far as their hashes are not known yet.
+
+        table: the chain's block table, from its first block on. Returns how many were committed; what follows them is
+        for `commit`. Most blocks of a prefill chunk are new, and together they cost much less than one by one.
+        """
+        cached, index, block_hashes = self._cached, self._cached.index, chain.block_hashes
+        allocated, committed = BlockState.ALLOCATED, BlockState.COMMITTED
+        end = start
+        while end < stop and block_hashes[end] not in index and table[end].state is allocated:
+            end += 1
+        if end == start:
+            return 0
+        if exact and cached.children is not None:
+            for position in range(start, end):
+                self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
+        blocks = table[start:end]
+        for block in blocks:
+            block.state = committed
+        cached.enter(blocks, chain, start, exact=exact)
+        self._blank += cached.evict_surplus()
+        if cached.keeps_journal:
+            for block in blocks:
+                cached.record_committed(block)
+        return end - start
+
     def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
         known = self._cached.index.get(chain.block_hashes[position])
         if known is not None:
@@ -295,7 +323,7 @@ class BlockPool:
         if exact and self._cached.children is not None:
             self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
         block.state = BlockState.COMMITTED
-        self._cached.enter(block, chain, position, exact=exact, in_place=known is not None)
+        self._cached.enter([block], chain, position, exact=exact, in_place=known is not None)
         if surplus := self._cached.evict_surplus():
             self._blank += surplus
         return block
@@ -305,17 +333,19 @@ class BlockPool:
 
         The tail becomes evictable first, so that a chain loses its end before the prefix that others may share.
         """
-        released = []
+        released, blank, free = [], self._blank, BlockState.FREE
         for block in reversed(blocks):
-            if block.ref_count == 0:
+            holders = block.ref_count - 1
+            if holders < 0:
                 raise IntegrityError(f"block {block.block_id} is freed but has no holder")
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                block.state = BlockState.FREE
-                if block.block_hash is None:
-                    self._blank.append(block)
+            block.ref_count = holders
+            if not holders:
+                block.state = free
+                block_hash = block.block_hash
+                if block_hash is None:
+                    blank.append(block)
                 else:
-                    released.append(block.block_hash)
+                    released.append(block_hash)
         self.policy.release(released)
         self._blank += self._cached.evict_surplus()
 
@@ -418,67 +448,10 @@ class BlockPool:
 
         holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
-        broken = _broken_laws(
+        broken = broken_laws(
             self.blocks, self._blank, self._cached.index, len(self.policy), holders, self._cached.children
         )
         if not self._probation.is_part_of(self._cached.index):
             broken.append("a checkpoint on probation is not cached")
         if broken:
             raise IntegrityError("; ".join(broken[:5]))
-
-
-def _broken_laws(
-    blocks: Sequence[Block],
-    blank: Sequence[Block],
-    index: Mapping[BlockHash, Block],
-    evictable: int,
-    holders: Iterable[Iterable[Block]] | None,
-    children: ChildIndex | None = None,
-) -> list[str]:
-    """The laws that do not hold; empty when all do.
-
-    blank: free blocks that hold nothing. index: the blocks found under a block hash. evictable: how many the policy
-    could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
-    children: the same blocks by their parents, where the pool keeps them so.
-    """
-    broken = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
-    if holders is not None:
-        held = Counter(block.block_id for each in holders for block in each)
-        broken += [
-            f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held"
-            for block in blocks
-            if block.ref_count != held[block.block_id]
-        ]
-    if children is not None and (len(children) != len(index) or any(each not in children for each in index.values())):
-        broken.append("the children of blocks and the index differ")
-    return broken
-
-
-def _of_the_pool(
-    blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
-) -> list[str]:
-    free = [block for block in blocks if block.state is BlockState.FREE]
-    free_cached = sum(block.block_hash is not None for block in free)
-    cached = sum(block.block_hash is not None for block in blocks)
-    laws = [
-        (len(free) == len(blank) + evictable, "free blocks and the free lists differ"),
-        (free_cached == evictable, "evictable blocks and the policy differ"),
-        (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
-        (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
-        (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
-        (cached == len(index), "a cached block is not indexed"),
-    ]
-    return [what for holds, what in laws if not holds]
-
-
-def _of_each_block(blocks: Sequence[Block]) -> Iterator[str]:
-    for block in blocks:
-        state, indexed = block.state, block.block_hash is not None
-        if (state is BlockState.FREE) != (block.ref_count == 0):
-            yield f"block {block.block_id}: holders"
-        if state is BlockState.COMMITTED and not indexed:
-            yield f"block {block.block_id}: not indexed"
-        if indexed and state in (BlockState.ALLOCATED, BlockState.PENDING):
-            yield f"block {block.block_id}: indexed"
-        if state is BlockState.PENDING and block.ref_count != 1:
-            yield f"block {block.block_id}: pending for several"

@@ -205,15 +205,32 @@ class CachedBlocks:
                 return child
         return None
 
-    def enter(self, block: Block, chain: Chain, position: int, *, exact: bool, in_place: bool) -> None:
-        """Make a held block visible. in_place: of another one that was visible under the same block hash just now."""
-        block_hash = chain.block_hashes[position]
-        block.tokens = chain.block_tokens(position)
-        block.num_tokens = chain.block_size
-        self._enter(block, block_hash, chain, position, exact=exact)
-        self._stats.committed_blocks += 1
+    def enter(self, blocks: Sequence[Block], chain: Chain, start: int, *, exact: bool, in_place: bool = False) -> None:
+        """Make held blocks visible as those of ``chain`` from block ``start`` on.
+
+        in_place: of others that were visible under the same block hashes just now.
+        """
+        index, size = self.index, chain.block_size
+        block_hashes = chain.block_hashes[start : start + len(blocks)]
+        position = start
+        for block, block_hash in zip(blocks, block_hashes, strict=True):
+            block.block_hash = block_hash
+            block.parent = chain.parent(position)
+            block.tokens = chain.block_tokens(position)
+            block.num_tokens = size
+            block.position = position
+            block.owner = chain.owner(position)
+            block.exact = exact
+            index[block_hash] = block
+            position += 1
+        if self.children is not None:
+            for block in blocks:
+                self.children.add(block)
+        self.policy.admit_many(block_hashes, map(self._cost, blocks))
+        self._stats.committed_blocks += len(blocks)
         if not in_place and self._events.capacity:
-            self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), chain.block_size))
+            for block, block_hash in zip(blocks, block_hashes, strict=True):
+                self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), size))
 
     def enter_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
@@ -224,27 +241,24 @@ class CachedBlocks:
         block.tokens = chain.encoded_slice(start, start + count)
         block.num_tokens = count
         block.partial, block.branch = True, branch
-        block_hash = partial_hash(chain.parent(position), block.tokens)
-        self._enter(block, block_hash, chain, position, exact=True)
+        block.parent = chain.parent(position)
         block.previous = chain.unsalted_parent(position)
+        block.position = position
+        block.owner = chain.owner(position)
+        block.exact = True
+        block.block_hash = block_hash = partial_hash(block.parent, block.tokens)
+        self.index[block_hash] = block
+        if self.children is not None:
+            self.children.add(block)
+        self.policy.admit(block_hash, self._cost(block))
         self._partial.setdefault(block.previous, set()).add(block_hash)
         self._partial_children.add(block)
         self._parents[partial_siblings_hash(block.parent)] = block.parent
         self._num_partial += 1
 
-    def _enter(self, block: Block, block_hash: BlockHash, chain: Chain, position: int, *, exact: bool) -> None:
-        block.block_hash = block_hash
-        block.parent = chain.parent(position)
-        block.position = position
-        block.owner = chain.owner(position)
-        block.exact = exact
-        self.index[block_hash] = block
-        if self.children is not None:
-            self.children.add(block)
-        block_cost = self.block_cost(position)
-        if block.owner:
-            block_cost = EntryCost(block_cost.size, block_cost.cost, block.owner)
-        self.policy.admit(block_hash, block_cost)
+    def _cost(self, block: Block) -> EntryCost:
+        block_cost = self.block_cost(block.position)
+        return EntryCost(block_cost.size, block_cost.cost, block.owner) if block.owner else block_cost
 
     def unindex(self, block: Block) -> None:
         """A block is not found any more, without having been evicted."""
@@ -254,7 +268,7 @@ class CachedBlocks:
             self.policy.forget(block.block_hash)
         else:
             self.policy.discard(block.block_hash)
-        self._wipe(block)
+        self._wipe([block])
 
     def evict(self, count: int, owner: str) -> list[Block]:
         """The blocks that make room for ``count`` of ``owner``; the policy must have as many for it."""
@@ -270,8 +284,7 @@ class CachedBlocks:
         if self._num_partial:
             pairs = zip(block_hashes, blocks, strict=True)
             block_hashes = [block_hash for block_hash, block in pairs if not block.partial]
-        for block in blocks:
-            self._wipe(block)
+        self._wipe(blocks)
         self._stats.evicted_blocks += len(block_hashes)
         self._probation.evicted(block_hashes)
         if block_hashes and self._events.capacity:
@@ -307,24 +320,31 @@ class CachedBlocks:
         parents = {block_hash: block.parent for block_hash, block in self.index.items() if not block.partial}
         return Snapshot(self._events.last_sequence, parents)
 
-    def _wipe(self, block: Block) -> None:
-        if self.children is not None:
-            self.children.discard(block)
-        if block.partial and block.block_hash is not None:
-            partial = self._partial[block.previous]
-            partial.discard(block.block_hash)
-            self._partial_children.discard(block)
-            if not self._partial_children.has(block.parent):
-                del self._parents[partial_siblings_hash(block.parent)]
-            self._num_partial -= 1
-            if not partial:
-                del self._partial[block.previous]
-            if block.branch:
-                self._probation.discard(block)
-            block.partial = block.branch = block.retained = False
-            block.previous = b""
-        block.block_hash = None
-        block.parent = b""
-        block.tokens = b""
-        block.num_tokens = 0
-        block.exact = False
+    def _wipe(self, blocks: Iterable[Block]) -> None:
+        """Blocks are in the index no more."""
+        children, has_partial = self.children, self._num_partial > 0
+        for block in blocks:
+            if children is not None:
+                children.discard(block)
+            if has_partial and block.partial:
+                self._wipe_partial(block)
+            block.block_hash = None
+            block.parent = b""
+            block.tokens = b""
+            block.num_tokens = 0
+            block.exact = False
+
+    def _wipe_partial(self, block: Block) -> None:
+        assert block.block_hash is not None
+        partial = self._partial[block.previous]
+        partial.discard(block.block_hash)
+        self._partial_children.discard(block)
+        if not self._partial_children.has(block.parent):
+            del self._parents[partial_siblings_hash(block.parent)]
+        self._num_partial -= 1
+        if not partial:
+            del self._partial[block.previous]
+        if block.branch:
+            self._probation.discard(block)
+        block.partial = block.branch = block.retained = False
+        block.previous = b""

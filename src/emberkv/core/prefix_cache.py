@@ -211,7 +211,11 @@ class Lease:
 
     def commit_decoded(self, stop: int) -> None:
         """Commit the blocks that are complete now that a decode step has computed the last token before ``stop``."""
-        self._commit(stop, exact=self._cache.batch_invariant)
+        if stop < (self.num_committed + 1) * self._cache.pool.block_size:  # none is full, as after most decode steps
+            self._num_computed = stop
+            self.context_exact = self.context_exact and self._cache.batch_invariant
+        else:
+            self._commit(stop, exact=self._cache.batch_invariant)
 
     def _commit(self, num_computed: int, *, exact: bool) -> None:
         """A collision ends it for good: the hashes of all that follows belong to the other chain as well."""
@@ -219,16 +223,20 @@ class Lease:
         self.context_exact = self.context_exact and exact
         pool = self._cache.pool
         if num_computed < (self.num_committed + 1) * pool.block_size:
-            return  # no block is full, as after most decode steps
+            return  # no block is full
         if self._collided or not self._cache.enabled:
             return
-        for position in range(self.num_committed, num_computed // pool.block_size):
-            block = pool.commit(self.blocks[position], self._chain, position, exact=self.context_exact)
-            if block.state is not BlockState.COMMITTED:
-                self._collided = True
-                return
-            self.blocks[position] = block
-            self.num_committed = position + 1
+        full, table = num_computed // pool.block_size, self.blocks
+        while (position := self.num_committed) < full:
+            count = pool.commit_new(table, self._chain, position, full, exact=self.context_exact)
+            if not count:
+                block = pool.commit(table[position], self._chain, position, exact=self.context_exact)
+                if block.state is not BlockState.COMMITTED:
+                    self._collided = True
+                    return
+                table[position] = block
+                count = 1
+            self.num_committed += count
 
     def release(self, *, step_failed: bool = False) -> None:
         """Free every block, the last first. A last block that is not full stays cached with what is computed of it.

@@ -28,6 +28,8 @@ from emberkv.core.sequence import (
     Sequence,
     SequenceStatus,
     StepPlan,
+    advance_leases,
+    is_being_computed,
 )
 from emberkv.core.waiting_queue import Claims, Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
@@ -79,11 +81,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` may plan anything now; if not, only an arrival or the end of a load changes that."""
         return bool(self._running) or self._may_admit()
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether the last step left a sequence waiting for the sake of a larger one, until counters change."""
-        return self._held_back
 
     @property
     def num_waiting(self) -> int:
@@ -179,7 +176,8 @@ class Scheduler:
         sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
         their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.
         """
-        self.count_decodes(plan, 1)
+        self.stats.decode_tokens += len(plan.decodes)
+        self._waiting.charge(plan.decodes, 1)
         for sequence in plan.decodes:
             sequence.num_computed += 1
             sequence.held.commit_decoded(sequence.num_computed)
@@ -204,16 +202,27 @@ class Scheduler:
                 finished.append(sequence)
         return finished
 
-    def count_decodes(self, plan: StepPlan, steps: int) -> None:
-        """Charge ``steps`` decode steps of a plan to its tenants. `complete` does it for one."""
-        if not plan.decodes:
-            return
+    def steady_steps(self, plan: StepPlan, most: int, *, within_blocks: bool = False) -> int:
+        """How many times in a row, from 1 to ``most``, ``plan`` would be planned if no sequence came, ended or was
+        loaded: until its sequences need blocks that may not be free, or that another one waits for.
+
+        within_blocks: not beyond a step that fills a block.
+        """
+        if plan.prefills or plan.admitted or plan.preempted or self._held_back:
+            return 1
+        size, decodes = self.cache.pool.block_size, plan.decodes
+        steps = 1 + min([-len(sequence.chain) % size for sequence in decodes])
+        if steps < most and not within_blocks and not self._waiting.lines:
+            steps = max(steps, min([self._free_for(sequence) for sequence in decodes]) // len(decodes) * size)
+        return min(steps, most)
+
+    def advance(self, plan: StepPlan, steps: int, *, planned: bool = True) -> None:
+        """Account for ``steps`` of a plan's `steady_steps`, of which `complete` ends the last. The sequences' chains
+        have the tokens that these steps appended. planned: whether the step that follows them is planned, too.
+        """
+        advance_leases(plan.decodes, steps, self.cache.pool.block_size, planned=planned)
         self.stats.decode_tokens += steps * len(plan.decodes)
-        by_tenant: dict[str, int] = {}
-        for sequence in plan.decodes:
-            by_tenant[sequence.tenant] = by_tenant.get(sequence.tenant, 0) + steps
-        for tenant, tokens in by_tenant.items():
-            self._waiting.tenants.charge(tenant, tokens)
+        self._waiting.charge(plan.decodes, steps)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.short = self._is_short(sequence)
@@ -232,11 +241,12 @@ class Scheduler:
         )
 
     def _plan_decodes(self, plan: StepPlan) -> None:
+        block_size = self.cache.pool.block_size
         for sequence in sorted(self._running, key=_BY_RANK):
             if sequence.status is not SequenceStatus.DECODING:
                 continue
             length = len(sequence.chain)
-            if sequence.held.missing_blocks(length):
+            if length > len(sequence.held.blocks) * block_size:
                 if not self._make_room(sequence, plan):
                     continue
                 sequence.held.extend(length)
@@ -271,7 +281,7 @@ class Scheduler:
         self._held_back = False
         while turn := self._next_to_prefill(plan):
             line, sequence = turn
-            chunk = self._next_chunk(sequence)
+            chunk = self._next_chunk(sequence, just_admitted=sequence in plan.admitted)
             length = chunk.stop - chunk.start
             # One chunk always goes, so that decoding sequences never starve those that wait to begin.
             if plan.prefills and (length > budget or sequence.priority >= BACKGROUND_PRIORITY):
@@ -284,9 +294,10 @@ class Scheduler:
             begins = {chunk.sequence: at for at, chunk in reversed(list(enumerate(plan.prefills)))}
             plan.prefills.sort(key=lambda chunk: begins[chunk.sequence])
 
-    def _next_chunk(self, sequence: Sequence) -> PrefillChunk:
-        adopted = 0 if sequence.wants_prompt_logits else sequence.held.adopt(sequence.num_computed)
-        if adopted:
+    def _next_chunk(self, sequence: Sequence, *, just_admitted: bool) -> PrefillChunk:
+        """just_admitted: in this step, so that nothing was committed since its prompt was looked up."""
+        looks_up = not sequence.wants_prompt_logits and (not just_admitted or self.cache.keeps_branches)
+        if looks_up and (adopted := sequence.held.adopt(sequence.num_computed)):
             sequence.num_computed += adopted
             self.stats.hit_tokens += adopted
             self.stats.late_hit_tokens += adopted
@@ -362,7 +373,7 @@ class Scheduler:
             if match is None:
                 self._waiting.refuse(line)
                 return None
-            if self._is_being_computed(sequence, match):
+            if is_being_computed(sequence, match, self._running):
                 return None
             self._waiting.pop(line)
             if self._loads.wait(sequence, match, plan):
@@ -372,19 +383,6 @@ class Scheduler:
             plan.admitted.append(sequence)
             return sequence
         return None
-
-    def _is_being_computed(self, sequence: Sequence, match: Match) -> bool:
-        """Whether the prefill of another sequence is about to compute the first block that ``sequence`` lacks."""
-        block, block_hashes = len(match.blocks), sequence.chain.block_hashes
-        if match.end is MatchEnd.OFF or block >= len(block_hashes):
-            return False
-        for each in self._running:
-            if each.status is not SequenceStatus.PREFILLING or each.priority > sequence.priority:
-                continue
-            others = each.chain.block_hashes
-            if each.held.num_committed <= block < len(others) and others[block] == block_hashes[block]:
-                return True
-        return False
 
     def _is_held_back(self, sequence: Sequence, refused: list[Sequence]) -> bool:
         """Whether ``sequence`` must not take what one of the ``refused`` waits for."""

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
-from emberkv.core.block import BlockCopy
+from emberkv.core.block import BlockCopy, Match, MatchEnd
 from emberkv.core.hashing import Chain
 from emberkv.core.loading import NOTHING_BELOW, Admission, Load, LoadDecision, PendingLookup, Wait
 from emberkv.core.prefix_cache import Lease
@@ -92,6 +93,45 @@ class Sequence:
         return (self.priority, self.order)
 
 
+def is_being_computed(sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
+    """Whether the prefill of a running sequence is about to compute the first block that ``sequence`` lacks.
+
+    match: what of ``sequence`` is cached.
+    """
+    block, block_hashes = len(match.blocks), sequence.chain.block_hashes
+    if match.end is MatchEnd.OFF or block >= len(block_hashes):
+        return False
+    for each in running:
+        if each.status is not SequenceStatus.PREFILLING or each.priority > sequence.priority:
+            continue
+        others = each.chain.block_hashes
+        if each.held.num_committed <= block < len(others) and others[block] == block_hashes[block]:
+            return True
+    return False
+
+
+def advance_leases(sequences: list[Sequence], steps: int, block_size: int, *, planned: bool) -> None:
+    """Commit and allocate what ``steps`` decode steps of ``sequences`` fill and need, in the order of single steps.
+
+    Each step commits the blocks that it fills, and the next one allocates those that follow them.
+    planned: whether the step that follows the last one has allocated, too.
+    """
+    filling: dict[int, list[tuple[Lease, int]]] = {}  # by step: leases, and the tokens that they then have
+    for sequence in sequences:
+        lease, computed = sequence.held, sequence.num_computed
+        for step in range(block_size - computed % block_size, steps + 1, block_size):
+            filling.setdefault(step, []).append((lease, computed + step))
+    for step in sorted(filling):
+        for lease, tokens in filling[step]:
+            lease.commit_decoded(tokens)
+        if planned or step < steps:
+            for lease, tokens in filling[step]:
+                lease.extend(tokens + 1)
+    for sequence in sequences:
+        sequence.num_computed += steps
+        sequence.held.commit_decoded(sequence.num_computed)
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment, or a divisor of it where the
@@ -109,8 +149,7 @@ class SchedulerConfig:
     separate_long_prompts: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
+class PrefillChunk(NamedTuple):
     """Compute tokens ``[start, stop)`` of a sequence over the KV state of all before them.
 
     copy: where the state of the tokens before ``start``, in the block that has both, is to be copied from first.

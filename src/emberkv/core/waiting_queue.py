@@ -46,9 +46,12 @@ class TokenCounters(Generic[K]):
         self._served = max(self._served, counter)
         self._counters[key] = counter + tokens / self._weights.get(key, 1.0)
 
-    def charge(self, key: K, tokens: int) -> None:
-        """``tokens`` are computed for ``key`` outside its turns."""
-        self._counters[key] = self._counters.get(key, self._served) + tokens / self._weights.get(key, 1.0)
+    def charge(self, key: K, tokens: int, steps: int = 1) -> None:
+        """``tokens`` are computed for ``key`` in each of ``steps`` steps, outside its turns."""
+        counter, share = self._counters.get(key, self._served), tokens / self._weights.get(key, 1.0)
+        for _ in range(steps):  # one by one: a product would be rounded in another way
+            counter += share
+        self._counters[key] = counter
 
 
 @dataclass(slots=True)
@@ -163,9 +166,13 @@ class WaitingQueue:
         if line.short not in begun_lines and self.first(line) is None:
             if not begun_lines and self.first(Line(tenant, not line.short)) is None:
                 self.tenants.activate(tenant)
-            self._of_tenant.setdefault(tenant, TokenCounters()).activate(line.short)
+            if tenant not in self._of_tenant:
+                self._of_tenant[tenant] = TokenCounters()
+            self._of_tenant[tenant].activate(line.short)
         sequence.status = SequenceStatus.WAITING
-        waiting = self._lines.setdefault(line, _Waiting())
+        waiting = self._lines.get(line)
+        if waiting is None:
+            waiting = self._lines[line] = _Waiting()
         heappush(waiting.heap, (*sequence.rank, sequence))
         waiting.refused = None
 
@@ -173,6 +180,12 @@ class WaitingQueue:
         """It was the line's turn, and ``tokens`` of its prompts are computed."""
         self.tenants.serve(line.tenant, tokens)
         self._of_tenant[line.tenant].serve(line.short, tokens)
+
+    def charge(self, decodes: Iterable[Sequence], steps: int) -> None:
+        """``steps`` steps each decode a token of these sequences."""
+        tenants = [sequence.tenant for sequence in decodes]
+        for tenant in dict.fromkeys(tenants):
+            self.tenants.charge(tenant, tenants.count(tenant), steps)
 
     def lead(self, sequence: Sequence, other: Sequence) -> float:
         """By how many tokens the line of ``sequence`` is ahead of the line of ``other``."""

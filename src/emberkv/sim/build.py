@@ -309,7 +309,14 @@ def build(
     routers, events_kept = routers_of(config, rng, record)
     clock = StepClock(machine.timer)
     replicas = [
-        Replica(index, partial(scheduler_of, config, machine, lower, events_kept), clock, config.together, lower)
+        Replica(
+            index,
+            partial(scheduler_of, config, machine, lower, events_kept),
+            clock,
+            config.together,
+            lower,
+            followed=events_kept > 0,
+        )
         for index, lower in enumerate(lower_of(config, machine))
     ]
     _index_tiers(config, machine, routers, replicas)

@@ -85,8 +85,7 @@ class Outcome:
     retries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _LastTurn:
+class _LastTurn(NamedTuple):
     """What a session's last completed turn left: its length, and its last full block."""
 
     tokens: int

@@ -1,7 +1,7 @@
 """A simulated replica: the scheduler that serves, with a virtual clock in place of the engine.
 
-Steps that only decode and change nothing but lengths are taken together: until a block fills, an answer ends, or
-something happens to the replica. Rows are the same as with single steps, since nothing else could have happened.
+Steps that only decode are taken together: until an answer ends, or something happens to the replica, or a block fills
+whose commit others follow. Rows are the same as with single steps, since nothing else could have happened.
 """
 
 from array import array
@@ -17,7 +17,7 @@ from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
 from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
 from emberkv.sim.tiers import ModelledTiers, Transfer
-from emberkv.sim.timing import ANY_TOKEN, NANOSECONDS, Step, StepClock
+from emberkv.sim.timing import NANOSECONDS, Step, StepClock
 from emberkv.workload.request import ContentChain, Request
 
 RATE_STEPS = 256.0
@@ -105,7 +105,8 @@ class Replica:
     """One machine: the scheduler that serves, and a clock that says how long each of its steps takes.
 
     make_scheduler: makes a fresh scheduler, pool and cache each time that the replica starts. together: whether steps
-    that only make sequences longer are taken together. lower: the tiers below its pool.
+    that only make sequences longer are taken together. lower: the tiers below its pool. followed: whether routers
+    follow its pool, so that each of its blocks is to be committed on time.
 
     >>> from emberkv.sim.build import machine_of, scheduler_of
     >>> from emberkv.sim.config import SimulationConfig
@@ -121,6 +122,7 @@ class Replica:
     clock: StepClock
     together: bool = True
     lower: ModelledTiers | None = None
+    followed: bool = False
     state: ReplicaState = field(default_factory=ReplicaState)
     step: Step | None = None
     computed_tokens: int = 0
@@ -226,8 +228,7 @@ class Replica:
         assert step is not None
         self.step = None
         plan = step.plan
-        if step.count > 1:
-            self._grow(plan, step.count - 1)
+        self._advance(step, step.count - 1)
         ready = plan.decodes
         if plan.prefills:
             self._prefilled(step)
@@ -239,7 +240,9 @@ class Replica:
                 simulated.first_token = step.ends
             if simulated.ends_early and len(sequence.chain) == simulated.last_length:
                 stopped.add(sequence.request_id)
-        finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
+        # Chains know their own answers and take whatever token is given.
+        sampled = dict.fromkeys([sequence.request_id for sequence in ready], 0)
+        finished = self.scheduler.complete(plan, sampled, stopped)
         if self.lower is not None:
             self._offload(self.lower, step)
         return [self._drop(sequence.request_id) for sequence in finished]
@@ -262,7 +265,8 @@ class Replica:
 
     def fail(self, now: int) -> list[SimulatedRequest]:
         """Lose all state. Returns the requests that were in flight, in the order in which they came."""
-        self.stop(now)
+        self.interrupt(now)
+        self._catch_up(now, planned=False)
         lost = [*self._requests.values(), *self._inbox]
         self._requests.clear()
         self._inbox.clear()
@@ -279,43 +283,50 @@ class Replica:
         return lost
 
     def stop(self, now: int) -> None:
-        """The simulation ends during a step: account for those of several that have ended by ``now``."""
+        """The simulation ends, perhaps during a step; one that begins just now has begun."""
+        self.interrupt(now + 1)
+        self.catch_up(now)
+        self.step = None
+
+    def catch_up(self, now: int) -> None:
+        """Account for those of steps taken together that have ended by ``now``; the next one has begun."""
+        self._catch_up(now, planned=True)
+
+    def _catch_up(self, now: int, *, planned: bool) -> None:
         step = self.step
         if step is not None and step.run is not None:
             count, duration = step.run.cut(now - step.began)
-            self._grow(step.plan, count - (duration > now - step.began))
-            self.step = None
+            self._advance(step, count - (duration > now - step.began), planned=planned)
 
     def _step_of(self, plan: StepPlan, now: int) -> Step:
         if plan.prefills:
             return Step(plan, now, self.clock.step(plan))
         lengths = [len(sequence.chain) for sequence in plan.decodes]
-        count, context = self._steady_steps(plan, lengths), sum(lengths)
+        count, context = self._steps_together(plan, lengths), sum(lengths)
         if count == 1:
             return Step(plan, now, self.clock.decode(len(lengths), context))
         run = self.clock.run(len(lengths), context, count)
         return Step(plan, now, run.duration, count, run)
 
-    def _steady_steps(self, plan: StepPlan, lengths: Sequence[int]) -> int:
-        """How many times in a row ``plan`` would be planned again: until a block is full or an answer ends."""
-        if not self.together or plan.admitted or plan.preempted or self.scheduler.holds_back:
+    def _steps_together(self, plan: StepPlan, lengths: Sequence[int]) -> int:
+        """How many times in a row ``plan`` is computed: until it would be another one, or an answer ends."""
+        if not self.together:
             return 1
-        size, requests = self.pool.block_size, self._requests
-        more = size
-        for sequence, length in zip(plan.decodes, lengths, strict=True):
-            left = requests[sequence.request_id].last_length - length
-            more = min(more, -length % size, left)
-            if not more:
-                break
-        return 1 + more
+        requests = self._requests
+        pairs = zip(plan.decodes, lengths, strict=True)
+        left = min([requests[sequence.request_id].last_length - length for sequence, length in pairs])
+        within_blocks = self.followed or self.lower is not None
+        return self.scheduler.steady_steps(plan, 1 + left, within_blocks=within_blocks)
 
-    def _grow(self, plan: StepPlan, steps: int) -> None:
-        """Account for decode steps that only make sequences longer, within the blocks that they hold."""
-        for sequence in plan.decodes:
-            assert isinstance(sequence.chain, ContentChain)
-            sequence.num_computed += steps
-            sequence.chain.grow(steps)
-        self.scheduler.count_decodes(plan, steps)
+    def _advance(self, step: Step, done: int, *, planned: bool = True) -> None:
+        """Account for the first ``done`` of steps taken together, as far as it was not done before."""
+        steps = done - step.done
+        if steps > 0:
+            for sequence in step.plan.decodes:
+                assert isinstance(sequence.chain, ContentChain)
+                sequence.chain.grow(steps)
+            self.scheduler.advance(step.plan, steps, planned=planned)
+            step.done = done
 
     def _dequeue(self, simulated: SimulatedRequest, tokens: int) -> None:
         """``tokens`` of a request's prompt wait no longer."""
@@ -392,6 +403,7 @@ class Series:
     """How full and how busy the replicas are, sampled over virtual time in bounded memory.
 
     Samples are taken at multiples of an interval, in nanoseconds, that doubles whenever there are `MOST_SAMPLES`.
+    next_time: of the next sample.
 
     >>> series = Series(replicas=[])
     >>> series.until(NANOSECONDS // 32, [])
@@ -402,7 +414,7 @@ class Series:
     replicas: list[ReplicaSeries]
     interval: int = NANOSECONDS // 64
     times: "array[int]" = field(default_factory=lambda: array("q"))
-    _next: int = 0
+    next_time: int = 0
 
     @property
     def seconds(self) -> list[float]:
@@ -410,17 +422,18 @@ class Series:
 
     def until(self, now: int, replicas: Sequence[Replica]) -> None:
         """Take the samples due before ``now``: nothing has changed since the last event."""
-        while self._next < now:
-            self.times.append(self._next)
+        while self.next_time < now:
+            self.times.append(self.next_time)
             for series, replica in zip(self.replicas, replicas, strict=True):
+                replica.catch_up(self.next_time)
                 _sample(series, replica)
-            self._next += self.interval
+            self.next_time += self.interval
             if len(self.times) == MOST_SAMPLES:
                 self._thin_out()
 
     def _thin_out(self) -> None:
         self.interval *= 2
-        self._next = self.times[-2] + self.interval
+        self.next_time = self.times[-2] + self.interval
         for column in (self.times, *(column for each in self.replicas for column in each.columns)):
             del column[1::2]
 

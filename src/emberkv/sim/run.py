@@ -24,7 +24,7 @@ from emberkv.sim.simulator import Progress, SimulationEnd
 from emberkv.sim.summary import Load, load_of, percentiles, prefix_caching, summarize
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 
-COLLECT_AFTER = 100_000
+COLLECT_AFTER = 1_000_000
 """Objects made and not freed after which Python looks for reference cycles during a simulation. Requests leave no
 cycles behind, and at Python's usual 700 the search takes a few percent of the time."""
 

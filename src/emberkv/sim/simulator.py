@@ -234,9 +234,11 @@ class Simulator:
         while self._open and (now := events.next_time) is not None:
             if self._stop_at is not None and now > self._stop_at:
                 self._now = self._stop_at
+                self.series.until(self._now, self.replicas)
                 return
             self._now = now
-            self.series.until(now, self.replicas)
+            if now > self.series.next_time:
+                self.series.until(now, self.replicas)
             events.run_next()
             for index in sorted(self._woken):
                 self._start(self.replicas[index])
@@ -318,6 +320,7 @@ class Simulator:
         self._woken.add(replica.index)
 
     def _publish(self, replica: Replica) -> None:
+        """Have the routers' indexes follow what has changed in a replica's pool."""
         for gateway in self._followers:
             gateway.publish(replica.index, replica.pool)
 

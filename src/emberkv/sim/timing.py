@@ -3,7 +3,6 @@
 Virtual time is counted in whole nanoseconds, so that a run of steps takes exactly as long as its steps one by one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
 
@@ -187,20 +186,10 @@ class SteadyRun:
         return done, duration
 
 
-class _AnyToken(dict[str, int]):
-    """Sampled tokens: chains know their own answers and take whatever is given."""
-
-    def __missing__(self, request_id: str) -> int:
-        return 0
-
-
-ANY_TOKEN: Mapping[str, int] = _AnyToken()
-
-
 @dataclass(slots=True)
 class Step:
     """A step under way from ``began`` for ``duration`` nanoseconds, or ``count`` equal ones in a row, which are
-    ``run``.
+    ``run``. done: those of them that are accounted for.
 
     >>> step = Step(StepPlan(), began=5, duration=20)
     >>> step.ends, step.count
@@ -212,6 +201,7 @@ class Step:
     duration: int
     count: int = 1
     run: SteadyRun | None = None
+    done: int = 0
 
     @property
     def ends(self) -> int:

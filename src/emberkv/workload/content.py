@@ -118,7 +118,7 @@ class Content:
     (40, 2, True)
     """
 
-    __slots__ = ("_ends", "pieces")
+    __slots__ = ("_block_size", "_ends", "_keys", "_pieces")
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self._take(tuple(_joined(pieces)))
@@ -129,13 +129,9 @@ class Content:
 
         Only the last block may be shorter.
         """
-        ends = [*range(size, tokens, size), tokens] if tokens else []
-        # As Span(key, 0, size), without a call in Python for each block: traces have millions of them.
-        spans = list(map(_new_span, zip(keys[:-1], repeat(0), repeat(size))))
-        if tokens:
-            spans.append(Span(keys[-1], 0, tokens - len(spans) * size))
         content = Content.__new__(Content)
-        content.pieces, content._ends = tuple(spans), ends
+        content._pieces, content._keys, content._block_size = None, keys, size
+        content._ends = [*range(size, tokens, size), tokens] if tokens else []
         return content
 
     @classmethod
@@ -146,8 +142,20 @@ class Content:
         return content
 
     def _take(self, joined: tuple[Piece, ...]) -> None:
-        self.pieces = joined
+        self._pieces: tuple[Piece, ...] | None = joined
         self._ends = list(accumulate([piece.size for piece in joined]))
+        self._keys: Sequence[bytes] = ()
+        self._block_size = 0  # set by of_blocks alone
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Those of a content in blocks are made when they are first asked for: traces have millions of blocks, and
+        most are only encoded.
+        """
+        if self._pieces is None:
+            sizes = [end - start for start, end in zip([0, *self._ends], self._ends, strict=False)]
+            self._pieces = tuple(map(_new_span, zip(self._keys, repeat(0), sizes, strict=False)))
+        return self._pieces
 
     def __repr__(self) -> str:
         return f"Content({list(self.pieces)})"
@@ -184,6 +192,19 @@ class Content:
             return piece.encode(start - before, stop - before)
         return b"".join(piece.encode(first, last) for piece, first, last in self._parts(start, stop))
 
+    def begins_like(self, other: "Content", stop: int) -> bool:
+        """Whether the first ``stop`` tokens are those of ``other``; both have as many."""
+        if not stop:
+            return True
+        start = 0
+        for own, others in zip(self.pieces, other.pieces, strict=False):
+            if start + min(own.size, others.size) >= stop:
+                return own.cut(0, stop - start) == others.cut(0, stop - start)
+            if own != others:
+                return False
+            start += own.size
+        return True
+
     def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
         """How many leading tokens of ``[start, stop)`` the tokens begin with that `encode` gave ``encoded`` for."""
         total = at = 0
@@ -197,9 +218,16 @@ class Content:
 
     def encode_blocks(self, start: int, stop: int, size: int) -> list[bytes]:
         """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""
-        encoded: list[bytes] = []
-        pieces, ends, pack = self.pieces, self._ends, _BOUNDS.pack
-        whole = pack(0, size)  # in most traces, each block is the beginning of a stream of its own
+        pack = _BOUNDS.pack
+        whole = pack(0, size)
+        if size == self._block_size and start < stop and start % size == 0:
+            first, last = start // size, stop // size
+            encoded = [key + whole for key in self._keys[first:last]]
+            if stop > last * size:
+                encoded.append(self._keys[last] + pack(0, stop - last * size))
+            return encoded
+        encoded = []
+        pieces, ends = self.pieces, self._ends
         index = bisect_right(ends, start)
         while start < stop:
             piece, end = pieces[index], ends[index]

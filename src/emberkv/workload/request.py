@@ -62,9 +62,7 @@ class ContentChain:
         """How many blocks of this chain the first ``length`` tokens of ``content`` have too, all or none."""
         blocks = min(len(self.block_hashes), length // block_size)
         same = (root, block_size) == (self.root, self.block_size)
-        if not same or content.cut(0, blocks * block_size) != self._content.cut(0, blocks * block_size):
-            return 0
-        return blocks
+        return blocks if same and content.begins_like(self._content, blocks * block_size) else 0
 
     def __len__(self) -> int:
         return self._length
@@ -97,7 +95,10 @@ class ContentChain:
 
     def append(self, token: int) -> None:
         """Raises IndexError past the content's end."""
-        self.grow(1)
+        if self._length + 1 < self._next_full and self._length < self._end:
+            self._length += 1
+        else:
+            self.grow(1)
 
     def grow(self, count: int) -> None:
         """Take the content's next ``count`` tokens. Raises IndexError past the content's end."""

@@ -111,6 +111,19 @@ def test_many_are_evicted_as_one_by_one(make: PolicyClass) -> None:
 
 
 @every_policy
+def test_many_are_admitted_as_one_by_one(make: PolicyClass) -> None:
+    one_by_one, together = filled(make, 3), filled(make, 3)
+    costs = [EntryCost(cost=cost) for cost in (5.0, 1.0, 3.0)]
+    for key, cost in enumerate(costs, 10):
+        one_by_one.admit(key, cost)
+    together.admit_many([10, 11, 12], costs)
+    for policy in (one_by_one, together):
+        policy.release([12, 10, 11])
+    assert len(together) == 6
+    assert drain(together) == drain(one_by_one)
+
+
+@every_policy
 def test_a_discarded_key_is_gone_and_may_come_back(make: PolicyClass) -> None:
     policy = filled(make, 3)
     policy.discard(1)

@@ -41,6 +41,11 @@ class EvictionPolicy(ABC, Generic[K]):
     def admit(self, key: K, cost: EntryCost) -> None:
         """``key`` is new and held."""
 
+    def admit_many(self, keys: Sequence[K], costs: Iterable[EntryCost]) -> None:
+        """As `admit` of each key in turn, with its cost."""
+        for key, cost in zip(keys, costs, strict=True):
+            self.admit(key, cost)
+
     def access(self, keys: Iterable[K]) -> None:
         """A hit on each key, held or not."""
 
@@ -255,6 +260,9 @@ class LRU(EvictionPolicy[K]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def admit_many(self, keys: Sequence[K], costs: Iterable[EntryCost]) -> None:
+        """Recency begins with the release, and costs make no difference."""
 
     def access(self, keys: Iterable[K]) -> None:
         order = self._order

@@ -1,0 +1,65 @@
+"""The laws that blocks, the index and the eviction policy of a pool keep, for `BlockPool.check_integrity`."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from emberkv.core.block import Block, BlockState
+from emberkv.core.cached_blocks import ChildIndex
+from emberkv.core.hashing import BlockHash
+
+
+def broken_laws(
+    blocks: Sequence[Block],
+    blank: Sequence[Block],
+    index: Mapping[BlockHash, Block],
+    evictable: int,
+    holders: Iterable[Iterable[Block]] | None,
+    children: ChildIndex | None = None,
+) -> list[str]:
+    """The laws that do not hold; empty when all do.
+
+    blank: free blocks that hold nothing. index: the blocks found under a block hash. evictable: how many the policy
+    could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
+    children: the same blocks by their parents, where the pool keeps them so.
+    """
+    broken = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
+    if holders is not None:
+        held = Counter(block.block_id for each in holders for block in each)
+        broken += [
+            f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held"
+            for block in blocks
+            if block.ref_count != held[block.block_id]
+        ]
+    if children is not None and (len(children) != len(index) or any(each not in children for each in index.values())):
+        broken.append("the children of blocks and the index differ")
+    return broken
+
+
+def _of_the_pool(
+    blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
+) -> list[str]:
+    free = [block for block in blocks if block.state is BlockState.FREE]
+    free_cached = sum(block.block_hash is not None for block in free)
+    cached = sum(block.block_hash is not None for block in blocks)
+    laws = [
+        (len(free) == len(blank) + evictable, "free blocks and the free lists differ"),
+        (free_cached == evictable, "evictable blocks and the policy differ"),
+        (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
+        (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
+        (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
+        (cached == len(index), "a cached block is not indexed"),
+    ]
+    return [what for holds, what in laws if not holds]
+
+
+def _of_each_block(blocks: Sequence[Block]) -> Iterator[str]:
+    for block in blocks:
+        state, indexed = block.state, block.block_hash is not None
+        if (state is BlockState.FREE) != (block.ref_count == 0):
+            yield f"block {block.block_id}: holders"
+        if state is BlockState.COMMITTED and not indexed:
+            yield f"block {block.block_id}: not indexed"
+        if indexed and state in (BlockState.ALLOCATED, BlockState.PENDING):
+            yield f"block {block.block_id}: indexed"
+        if state is BlockState.PENDING and block.ref_count != 1:
+            yield f"block {block.block_id}: pending for several"
