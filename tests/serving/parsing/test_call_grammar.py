@@ -71,6 +71,7 @@ TOOLS = [
 ]  # fmt: skip
 SCHEMAS = {each["function"]["name"]: each["function"].get("parameters", {"type": "object"}) for each in TOOLS}
 """The last one takes no arguments, and leaves open which objects are valid."""
+VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in SCHEMAS.items()}
 
 
 class Speaker:
@@ -84,11 +85,11 @@ class Speaker:
         self.vocab = self.tokenizer.get_vocab_size()
         self._compiler = ConstraintCompiler(encoder, vocab_size=self.vocab, eos_token_ids=frozenset({EOS}))
         self._sampler = Sampler()
-        self._markers = [self.tokenizer.token_to_id(text) for text in markup]
         ends = [
             text for text in ('"', "}", "]", '"}', '"]', ")", "false") if self.tokenizer.token_to_id(text) is not None
         ]
-        self._ends = [EOS, *map(self.tokenizer.token_to_id, ends)]
+        self._favoured = torch.zeros(self.vocab)  # more and more: what may end an answer or a part
+        self._favoured[[EOS, *map(self.tokenizer.token_to_id, [*markup, *ends])]] = 1
 
     def says(self, constraint: Constraint, seed: int) -> str:
         """A whole answer."""
@@ -97,9 +98,7 @@ class Speaker:
         params = SamplingParams(temperature=1.0, seed=seed)
         state = SamplingState(params, [0], random.Random(), masks=masks, end_token_ids=frozenset({EOS}))
         for number in range(MOST_TOKENS):
-            logits = 3 * torch.randn(1, self.vocab, generator=generator)
-            logits[0, self._markers] += min(number / 3, 15)
-            logits[0, self._ends] += min(number / 3, 15)
+            logits = 3 * torch.randn(1, self.vocab, generator=generator) + min(number / 3, 15) * self._favoured
             logits[0, EOS] += max(0, number - MOST_TOKENS // 2)
             (sampled,) = self._sampler.sample(logits, [state])
             assert isinstance(sampled, SampledToken), sampled
@@ -137,7 +136,7 @@ def said(
 def check_calls(text: str, message: ParsedMessage) -> None:
     for call in message.calls:
         assert call.is_complete, text
-        jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+        VALIDATORS[call.name].validate(json.loads(call.arguments))
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS)
@@ -263,7 +262,7 @@ def test_either_calls_or_a_form_of_the_text(reasoning: str | None) -> None:
         message = parse_output(output_format, speaker.says(allowed, seed), tools=TOOLS)
         seen.add(bool(message.calls))
         for call in message.calls:
-            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+            VALIDATORS[call.name].validate(json.loads(call.arguments))
         assert message.calls or isinstance(json.loads(message.content), dict)
     assert seen == {True, False}
 
