@@ -43,7 +43,7 @@ def llama(checkpoint: CheckpointFactory) -> PreTrainedModel:
 def warmed(model: Any, tokenizer: Any, **arguments: Any) -> tuple[bool, dict[str, bytes]]:
     """The answer, and what was stored, in order."""
     store = Recorder()
-    done = asyncio.run(warmup_kv_cache(model, tokenizer, store, **arguments))
+    done = asyncio.run(warmup_kv_cache(model, tokenizer, store, **{"timeout_sec": 600, **arguments}))
     return done, store.entries
 
 
@@ -105,7 +105,7 @@ def test_into_the_cache_with_the_tokens_up_to_each_block(
     llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     cache = InMemoryKVCacheManager(max_memory_mb=100)
-    assert asyncio.run(warmup_kv_cache(llama, fast_tokenizer, cache))
+    assert asyncio.run(warmup_kv_cache(llama, fast_tokenizer, cache, timeout_sec=600))
     _, entries = warmed(llama, fast_tokenizer)
     assert cache.get_stats()["total_entries"] == len(entries)
     for position, (key, value) in enumerate(entries.items()):

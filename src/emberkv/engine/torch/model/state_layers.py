@@ -83,7 +83,9 @@ def _is_convolution_by_channel(conv: Any) -> bool:
 
 
 def _has_silu_convolution(module: Any) -> bool:
-    return _is_convolution_by_channel(getattr(module, "conv1d", None)) and module.activation in ("silu", "swish")
+    if not _is_convolution_by_channel(getattr(module, "conv1d", None)):
+        return False
+    return getattr(module, "activation", None) in ("silu", "swish")
 
 
 def _by_head(module: Any, *names: str) -> bool:
