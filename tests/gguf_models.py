@@ -48,7 +48,7 @@ def write_gguf(
     for parameter, tensor in model.state_dict().items():
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for stored, part in _parts(names, parameter, tensor).items():
+        for stored, part in _parts(names, config, parameter, tensor).items():
             values = _as_stored(name, config, stored, part).contiguous()
             kind = kind_of(stored) if values.ndim > 1 and "ffn_gate_inp" not in stored else Kind.F32
             writer.add_tensor(stored, _encoded(values, kind), raw_dtype=kind)
@@ -66,15 +66,24 @@ def _architecture(config: Any) -> str:
     return next(ours for ours, theirs in ARCHITECTURES.items() if theirs == kind)
 
 
-def _parts(names: gguf.TensorNameMap, parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of the file that hold a parameter, each with its part of that."""
+def _parts(names: gguf.TensorNameMap, config: Any, parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of the file that hold a parameter, each with its part of that.
+
+    gpt-oss keeps experts' weights as ``[experts, in, out]``, and outputs of gate and up in turns; the file has
+    ``[experts, out, in]`` for all, and gate and up apart.
+    """
     if ".experts." not in parameter:
-        return {names.get_name(parameter, try_suffixes=(".weight", ".bias")) or "": value}
-    layer = parameter.split(".")[2]
-    if parameter.endswith("down_proj"):
-        return {f"blk.{layer}.ffn_down_exps.weight": value}
-    gate, up = value.chunk(2, dim=1)
-    return {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
+        found = names.get_name(parameter, try_suffixes=(".weight", ".bias")) or ""
+        return {f"{found}.weight" if parameter.endswith("sinks") else found: value}
+    layer, own = parameter.split(".")[2], parameter.rpartition(".")[2]
+    kind = "bias" if own.endswith("_bias") else "weight"
+    in_turns = config.model_type == "gpt_oss"
+    if in_turns and kind == "weight":
+        value = value.transpose(1, 2)
+    if own.startswith("down_proj"):
+        return {f"blk.{layer}.ffn_down_exps.{kind}": value}
+    gate, up = (value[:, 0::2], value[:, 1::2]) if in_turns else value.chunk(2, dim=1)
+    return {f"blk.{layer}.ffn_gate_exps.{kind}": gate, f"blk.{layer}.ffn_up_exps.{kind}": up}
 
 
 def _encoded(values: torch.Tensor, kind: Kind) -> NDArray[Any]:
@@ -101,6 +110,8 @@ def _add_shape(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
         writer.add_expert_used_count(config.num_experts_per_tok)
     if name == "qwen3moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if name == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -109,8 +120,14 @@ def _add_shape(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     parameters = config.rope_parameters
     writer.add_rope_freq_base(parameters.get("full_attention", parameters)["rope_theta"])
-    if getattr(config, "sliding_window", None) and name in ("gemma2", "gemma3"):
+    if getattr(config, "sliding_window", None) and name in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window)
+    if parameters.get("rope_type") == "yarn" and name == "gpt-oss":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(parameters["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(parameters["beta_slow"])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
@@ -146,13 +163,21 @@ def dequantised(checkpoint: Path, path: Path, folder: Path) -> Path:
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for parameter, value in model.named_parameters():
         parts = []
-        for stored in _parts(names, parameter, value):
+        for stored in _parts(names, model.config, parameter, value):
             values = torch.from_numpy(gguf.dequantize(tensors[stored].data, tensors[stored].tensor_type).copy())
             parts.append(_from_stored(name, model.config, stored, values))
-        value.data = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        value.data = _whole(model.config, parameter, parts)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     return folder
+
+
+def _whole(config: Any, parameter: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """What `_parts` takes apart."""
+    if config.model_type != "gpt_oss" or ".experts." not in parameter:
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    whole = torch.stack(parts, dim=2).flatten(1, 2)
+    return whole if parameter.endswith("_bias") else whole.transpose(1, 2).contiguous()
 
 
 def _from_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,24 @@ FOLDERS: dict[str, tuple[Quantise, dict[str, Any], bool]] = {
 }  # fmt: skip
 """By source: how a weight is stored, what config.json says of it, and whether embeddings are quantised, too."""
 
-GGUF_KINDS = {"gguf-q8_0": Kind.Q8_0, "gguf-q4_0": Kind.Q4_0, "gguf-q4_1": Kind.Q4_1, "gguf-q5_1": Kind.Q5_1}
+GGUF_KINDS = {
+    "gguf-q8_0": Kind.Q8_0, "gguf-q4_0": Kind.Q4_0, "gguf-q4_1": Kind.Q4_1, "gguf-q5_1": Kind.Q5_1,
+    "gguf-mxfp4": Kind.MXFP4,
+}  # fmt: skip
 
 SOURCES = (*FOLDERS, *GGUF_KINDS, "mxfp4")
 
 
 def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Path, Path]:
-    """Write a tiny model as ``source`` stores it, and the plain model in float32 that it stands for; their paths."""
-    original = tiny_model("gpt_oss" if source == "mxfp4" else arch, folder / "original")
+    """Write a tiny model as ``source`` stores it, and the plain model in float32 that it stands for; their paths.
+
+    With MXFP4 it is gpt-oss.
+    """
+    original = tiny_model("gpt_oss" if source.endswith("mxfp4") else arch, folder / "original")
     if source == "mxfp4":
         return _mxfp4_model(original, folder)
     if source in GGUF_KINDS:
-        path = write_gguf(original, folder / "model.gguf", lambda _: GGUF_KINDS[source])
+        path = write_gguf(original, folder / "model.gguf", partial(_gguf_kind, source))
         return path, dequantised(original, path, folder / "plain")
     quantise, settings, everything = FOLDERS[source]
     stored: dict[str, Tensor] = {}
@@ -121,6 +128,12 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
         else:
             stored[name] = plain[name] = tensor
     return _written(original, folder, _switched(stored) if everything else stored, plain, settings)
+
+
+def _gguf_kind(source: str, name: str) -> Kind:
+    """MXFP4 is for experts alone, as in the files of gpt-oss."""
+    kind = GGUF_KINDS[source]
+    return Kind.Q8_0 if kind is Kind.MXFP4 and "_exps" not in name else kind
 
 
 def _one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -347,6 +347,22 @@ def test_text_is_split_into_words_as_the_name_says(pre: str, words: str) -> None
     assert [word for word, _ in split] == [letters.pre_tokenize_str(word)[0][0] for word in words.split("|")]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Hello|World| XMLHttp|Request's| i|OS| Ph|D'LL|s",
+        "ÉCOLE| École| ÉCOLE| straße|İstanbul| ǅ| ʰa| हिन्दी| café| 東京Tower| 東京|TOWER",
+        "a|//\n\n| //\n\r/|b| =|1|\ttab|\t\t| x|_name| |12|  \r\n|   | y|…\u2019|s",
+    ],
+)
+def test_words_of_o200k_are_cut_where_a_capital_letter_follows_a_small_one(words: str) -> None:
+    """As tiktoken's expression for it cuts them, and not llama.cpp's, which knows letters of ASCII alone as small or
+    capital."""
+    text, letters = words.replace("|", ""), ByteLevel(add_prefix_space=False, use_regex=False)
+    split = built(byte_level("gpt-4o")).backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in split] == [letters.pre_tokenize_str(word)[0][0] for word in words.split("|")]
+
+
 def test_the_names_of_splits_are_these() -> None:
     """A name that a new version of transformers adds has flags of its own in llama.cpp, which are to be looked up."""
     assert set(SPLITS) == {

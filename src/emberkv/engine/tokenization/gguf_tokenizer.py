@@ -22,9 +22,11 @@ _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 """Kinds of tokens that are found in a text before the rest of it is encoded."""
-TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
+_TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
 """Tokens that end a turn. Many files name only the token that ends a text, and answers in a chat do not end in it."""
-_CONTROL_TEXTS = TURN_ENDS | {
+_HARMONY_ENDS = frozenset({"<|return|>", "<|call|>", "<|endoftext|>"})
+"""The same of vocabularies for gpt-oss's Harmony format, in which ``<|end|>`` ends only one of an answer's messages."""
+_CONTROL_TEXTS = _TURN_ENDS | {
     *("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "</s>"),
     *("<EOT>", "_<EOT>", "[EOT]", "<eos>", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
     *(f"<|fim_{name}|>" for name in ("prefix", "suffix", "middle", "pad", "repo", "sep")),
@@ -109,6 +111,11 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizer
         raise CorruptModelError(f"the tokenizer in {path} cannot be read: {error}") from error
     except Exception as error:  # the tokenizers library raises bare Exception, on unchecked values
         raise CorruptModelError(f"the tokenizer in {path} cannot be read: {reason_of(error)}") from error
+
+
+def turn_ends(tokens: Collection[str]) -> frozenset[str]:
+    """The tokens that end an answer where a vocabulary has them, whether the metadata name them or not."""
+    return _HARMONY_ENDS if {"<|return|>", "<|call|>"}.issubset(tokens) else _TURN_ENDS
 
 
 class _Described:

@@ -65,7 +65,8 @@ def test_a_hit_has_the_bits_of_a_cold_run(written: tuple[Path, Path], kernels: K
 EXPERTS = [
     ("gptq", "qwen3_moe", 4), ("gptq", "mixtral", 4), ("awq", "glm4_moe", 4), ("compressed-int4", "qwen3_moe", 4),
     ("compressed-int8", "mixtral", 8), ("mlx-4", "qwen3_moe", 4), ("mlx-8", "qwen3_moe", 8), ("mxfp4", "gpt_oss", 8),
-    ("fp8", "qwen3_moe", 0), ("gguf-q8_0", "mixtral", 8), ("gguf-q4_1", "mixtral", 4),
+    ("fp8", "qwen3_moe", 0), ("gguf-q8_0", "mixtral", 8), ("gguf-q4_1", "mixtral", 4), ("gguf-q4_0", "gpt_oss", 4),
+    ("gguf-mxfp4", "gpt_oss", 8),
 ]  # fmt: skip
 """By source and architecture: the bits that the experts keep; 0: they are held in the type that is computed with."""
 
@@ -103,7 +104,7 @@ def test_experts_whose_inputs_have_an_order_of_their_own_become_plain(tmp_path: 
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["gptq", "mlx-4", "mxfp4", "gguf-q4_0"])
+@pytest.mark.parametrize("source", ["gptq", "mlx-4", "mxfp4", "gguf-q4_0", "gguf-mxfp4"])
 def test_what_experts_take_is_stated_before_they_are_loaded(tmp_path: Path, source: str) -> None:
     quantised, _ = quantised_model(source, tmp_path, "mixtral" if source == "gguf-q4_0" else "qwen3_moe")
     opened = open_source(quantised)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emberkv.engine.torch.layers import is_experts
+from emberkv.engine.torch.layers import expert_shapes, is_experts
 from emberkv.engine.torch.quantization.layers import put_experts
 from emberkv.engine.torch.quantization.stored import StoredWeight
 from emberkv.engine.torch.quantization.weight import QuantizedWeight
@@ -22,26 +22,29 @@ _PLACES = {
 }
 """The stacked weight that a stored one is part of, and which half of its outputs."""
 
-_NAME = re.compile(rf"(.+)\.(?:experts\.(\d{{1,5}})|switch_mlp)\.({'|'.join(_PLACES)})\.weight")
+_NAME = re.compile(rf"(.+)\.(?:experts\.(\d{{1,5}})|switch_mlp)\.({'|'.join(_PLACES)})\.(weight|bias)")
 """MLX stacks all experts' gates, and so on, as ``switch_mlp``."""
 
 
+_PAIRS = ("gate_up_proj", "gate_up_proj_bias")
+
+
 class ExpertPart(NamedTuple):
-    """parameter: the stacked weight's name. number: of the expert; None: all of them. half: of the outputs, 0 or 1."""
+    """parameter: the stack's name. number: of the expert; None: all of them. half: of the outputs, 0 or 1."""
 
     parameter: str
     number: int | None
     half: int
 
     def shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what is stored, of a stack of that shape, ``[experts, out, in]``."""
-        experts, rows, columns = stack
-        one = (rows // 2 if self.parameter.endswith("gate_up_proj") else rows, columns)
+        """Of what is stored, of a stack of that shape, ``[experts, out, in]``, or ``[experts, out]`` of biases."""
+        experts, rows, *columns = stack
+        one = (rows // 2 if self.parameter.endswith(_PAIRS) else rows, *columns)
         return one if self.number is not None else (experts, *one)
 
 
 def expert_part(name: str) -> ExpertPart | None:
-    """What the stored weight of that name is; None where it is no expert's.
+    """What the stored weight or bias of that name is; None where it is no expert's.
 
     >>> expert_part("model.layers.0.mlp.experts.7.up_proj.weight")
     ExpertPart(parameter='model.layers.0.mlp.experts.gate_up_proj', number=7, half=1)
@@ -49,9 +52,10 @@ def expert_part(name: str) -> ExpertPart | None:
     found = _NAME.fullmatch(name)
     if found is None:
         return None
-    block, number, part = found.groups()
+    block, number, part, kind = found.groups()
     stack, half = _PLACES[part]
-    return ExpertPart(f"{block}.experts.{stack}", None if number is None else int(number), half)
+    own = stack if kind == "weight" else f"{stack}_bias"
+    return ExpertPart(f"{block}.experts.{own}", None if number is None else int(number), half)
 
 
 def expert_name(name: str, number: int) -> str:
@@ -63,15 +67,18 @@ _GGUF_PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def gguf_expert_names(parameter: str) -> dict[str, str]:
-    """The tensors of a GGUF file that make up a stack of experts, each with the name by which `expert_part` knows it.
+    """The tensors of a GGUF file that make up a stack of experts' weights or biases, each with the name by which
+    `expert_part` knows it.
 
     >>> gguf_expert_names("model.layers.7.mlp.experts.down_proj")
     {'blk.7.ffn_down_exps.weight': 'model.layers.7.mlp.switch_mlp.down_proj.weight'}
     """
     block, _, own = parameter.rpartition(".experts.")
     layer = block.partition(".layers.")[2].partition(".")[0]
+    stack = own.removesuffix("_bias")
+    kind = "weight" if stack == own else "bias"
     return {
-        f"blk.{layer}.ffn_{part}_exps.weight": f"{block}.switch_mlp.{part}_proj.weight" for part in _GGUF_PARTS[own]
+        f"blk.{layer}.ffn_{part}_exps.{kind}": f"{block}.switch_mlp.{part}_proj.{kind}" for part in _GGUF_PARTS[stack]
     }
 
 
@@ -83,17 +90,10 @@ class ExpertStacks:
         self._parts: dict[str, dict[tuple[int, int], QuantizedWeight | Tensor]] = {}
 
     def add(self, part: ExpertPart, value: Tensor | StoredWeight) -> None:
-        """Raises CorruptModelError for an expert that the model does not have, or a weight of another shape, and
-        UnsupportedModelError where the model keeps gate and up in another order than one after the other.
-        """
+        """Raises CorruptModelError for an expert that the model does not have, or a weight of another shape."""
         parent, _, own = part.parameter.rpartition(".")
         module: Any = self._model.get_submodule(parent)
-        stack = tuple(getattr(module, own).shape)
-        if module.is_transposed or not module.is_concatenated:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} cannot be served with experts that are quantised one by one; the model's "
-                "plain weights would work, with --quantize int8 or int4"
-            )
+        stack = expert_shapes(module).get(own) or tuple(getattr(module, own).shape)
         number = -1 if part.number is None else part.number
         shape = tuple(value.shape if isinstance(value, Tensor) else value.weight.shape)
         if not 0 <= number < stack[0] or shape != part.shape(stack):
@@ -118,12 +118,12 @@ class ExpertStacks:
         for number in range(1 + max(number for number, _ in parts)):
             halves = [parts.pop((number, half)) for half in (0, 1) if (number, half) in parts]
             whole = [each for each in halves if isinstance(each, QuantizedWeight)]
-            if len({each.bits for each in whole}) > 1:
-                whole = [each.in_8_bits() for each in whole]
             if len(whole) == len(halves):
-                quantised.append(whole[0] if len(whole) == 1 else whole[0].above(whole[1]))
+                quantised.append(_joined(whole, in_turns=not module.is_concatenated))
             else:
-                plain.append(torch.cat([_values(each, self._dtype) for each in halves]))
+                values = torch.cat([_values(each, self._dtype) for each in halves])
+                values = values if len(halves) == 1 or module.is_concatenated else values[_in_turns(len(values))]
+                plain.append(values.t() if module.is_transposed and values.ndim == 2 else values)
         if plain and quantised:
             raise UnsupportedModelError(
                 f"some experts of {type(module).__name__} are quantised and others are plain; accepted are experts "
@@ -135,6 +135,21 @@ class ExpertStacks:
             put_experts(module, own, quantised, self._dtype)
 
 
+def _joined(halves: list[QuantizedWeight], *, in_turns: bool) -> QuantizedWeight:
+    """The outputs of both halves in one weight, or the only one. in_turns: one output of each, and so on."""
+    if len(halves) == 1:
+        return halves[0]
+    if len({each.bits for each in halves}) > 1:
+        halves = [each.in_8_bits() for each in halves]
+    both = halves[0].above(halves[1])
+    return both.reordered(_in_turns(both.out_features)) if in_turns else both
+
+
+def _in_turns(count: int) -> Tensor:
+    """int64 ``[count]``: first the first of each half, then the second of each, and so on."""
+    return torch.arange(count).view(2, -1).t().reshape(-1)
+
+
 def _values(weight: QuantizedWeight | Tensor, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dequantised(dtype)
 
@@ -142,6 +157,8 @@ def _values(weight: QuantizedWeight | Tensor, dtype: torch.dtype) -> Tensor:
 def has_experts(model: nn.Module, part: ExpertPart) -> bool:
     """Whether the model keeps that part in a stack of experts."""
     try:
-        return is_experts(model.get_submodule(part.parameter.rpartition(".")[0]))
+        parent, _, own = part.parameter.rpartition(".")
+        module = model.get_submodule(parent)
     except AttributeError:
         return False
+    return is_experts(module) and hasattr(module, own)

@@ -22,6 +22,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "gpt-oss": "gpt_oss",
 }
 """The type of model in transformers, by ``general.architecture``. Mistral's files call themselves llama, and so do
 Mixtral's, which have experts.
@@ -48,17 +49,18 @@ _UNDERSTOOD = frozenset(
         "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping",
         "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
         "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
-        "rope.scaling.yarn_log_multiplier", "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
+        "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+        "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
         "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func", "expert_weights_norm",
     }
 )  # fmt: skip
-_EXPERTS = {"llama": "num_local_experts", "qwen3moe": "num_experts"}
+_EXPERTS = {"llama": "num_local_experts", "qwen3moe": "num_experts", "gpt-oss": "num_local_experts"}
 """Architectures of mixtures, and how their configs name the number of experts."""
 _SOFTMAX = 1
 """What ``expert_gating_func`` says of routers that weight experts by a softmax."""
 _RESCALED = {"attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 """Factors of the scores, with the values at which they change nothing."""
-_WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})
+_WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "gpt-oss"})
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 """By their layers: their queries are scaled by hidden size and heads, which the metadata do not say."""
 
@@ -80,7 +82,7 @@ def config_of(path: Path, fields: Fields, stored: Container[str], floats: Floats
         raise CorruptModelError(f"{path} gives {own['block_count']} layers; 1 to {MOST_LAYERS} are built")
     try:
         settings = _settings(name, own, fields, floats) | _experts(name, own)
-        kind = "mixtral" if "num_local_experts" in settings else ARCHITECTURES[name]
+        kind = "mixtral" if name == "llama" and "num_local_experts" in settings else ARCHITECTURES[name]
         return AutoConfig.for_model(kind, **settings, tie_word_embeddings="output.weight" not in stored)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
@@ -143,7 +145,7 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
 def _experts(name: str, own: Fields) -> dict[str, Any]:
     """The settings of a mixture; {} where there are no experts."""
     count = own.get("expert_count", 0)
-    if not count and name != "qwen3moe":
+    if not count and name not in ("qwen3moe", "gpt-oss"):
         return {}
     if name not in _EXPERTS:
         raise UnsupportedModelError(f"it has {count} experts, which are not known of {name}")
@@ -152,6 +154,11 @@ def _experts(name: str, own: Fields) -> dict[str, Any]:
     settings = {_EXPERTS[name]: own["expert_count"], "num_experts_per_tok": own["expert_used_count"]}
     if name == "qwen3moe":
         settings |= {"moe_intermediate_size": own["expert_feed_forward_length"], "norm_topk_prob": True}
+    if name == "gpt-oss":
+        settings |= {
+            "intermediate_size": own["expert_feed_forward_length"],
+            "sliding_window": own["attention.sliding_window"],  # the class has one of its own where there is none
+        }
     return settings
 
 
@@ -164,6 +171,8 @@ def _layer_types(own: Fields) -> list[str]:
 
 def _rope(name: str, own: Fields, head_dim: int, floats: Floats) -> dict[str, Any]:
     theta = float(own.get("rope.freq_base", 1_000_000.0 if name == "gemma3" else 10_000.0))
+    if name != "gemma3" and float(own.get("rope.freq_base_swa", theta)) != theta:
+        raise UnsupportedModelError("its layers with a sliding window have a RoPE of their own")
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     rotated = own.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
@@ -178,6 +187,10 @@ def _rope(name: str, own: Fields, head_dim: int, floats: Floats) -> dict[str, An
         parameters |= {"rope_type": kind, "factor": float(own["rope.scaling.factor"])}
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = int(own["rope.scaling.original_context_length"])
+            bounds = {key: own.get(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+            parameters |= {key: float(bound) for key, bound in bounds.items() if bound is not None}
+            if name == "gpt-oss":
+                parameters["truncate"] = False  # of which the metadata do not speak
     factors = _factors(own, floats)
     if kind not in ("none", "linear", "yarn") and not factors:
         raise UnsupportedModelError(f"its RoPE is scaled by {kind!r}")

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from emberkv.engine.tokenization.gguf_tokenizer import TURN_ENDS, gguf_tokenizer
+from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer, turn_ends
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.expert_weights import expert_name, expert_part, gguf_expert_names
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
@@ -23,7 +23,6 @@ from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from emberkv.engine.torch.model.source import BUILDING
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
 from emberkv.engine.torch.quantization.stored import StoredWeight, affine_bytes
-from emberkv.engine.torch.quantization.weight import QuantizedWeight
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 _PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
@@ -94,12 +93,12 @@ class GGUFSource:
         names: dict[str, str] = {}
         shape = inspect_model(self.config)
         for parameter in shape.shapes:
-            if parameter in shape.experts:
+            if parameter.removesuffix("_bias") in shape.experts:
                 names |= gguf_expert_names(parameter)
                 continue
             found = mapping.get_name(parameter, try_suffixes=(".weight", ".bias"))
             if found is not None:
-                names.setdefault(found, parameter)
+                names.setdefault(found if parameter.endswith((".weight", ".bias")) else f"{found}.weight", parameter)
         unknown = sorted(self._tensors.keys() - names.keys() - _IN_CONFIG)
         if unknown:
             raise UnsupportedModelError(
@@ -112,7 +111,8 @@ class GGUFSource:
             if name in _IN_CONFIG:
                 continue
             part = expert_part(self._names[name])
-            known = shape.shapes[self._names[name] if part is None else part.parameter]
+            parameter = self._names[name] if part is None else part.parameter
+            known = shape.experts.get(parameter, shape.shapes[parameter])
             found, wanted = tuple(map(int, reversed(tensor.shape))), known if part is None else part.shape(known)
             if found != wanted:
                 raise CorruptModelError(
@@ -148,10 +148,10 @@ class GGUFSource:
         return {}
 
     def named_ends(self) -> list[object]:
-        tokens = self._fields.get("tokenizer.ggml.tokens")
-        turns = [
-            number for number, token in enumerate(tokens if isinstance(tokens, list) else ()) if token in TURN_ENDS
-        ]
+        stated = self._fields.get("tokenizer.ggml.tokens")
+        tokens = stated if isinstance(stated, list) else []
+        ends = turn_ends(tokens)
+        turns = [number for number, token in enumerate(tokens) if token in ends]
         return [*(token_ids(self._fields, key) for key in ENDS), turns or None]
 
     def fingerprint(self) -> str:
@@ -183,7 +183,7 @@ class GGUFSource:
             rows = q_and_k_rows(self.config, name)
             if tensor.tensor_type in BLOCK_TYPES:
                 weight = read_blocks(tensor.data, tensor.tensor_type)
-                yield parameter, StoredWeight(weight if rows is None else _reordered(weight, rows))
+                yield parameter, StoredWeight(weight if rows is None else weight.reordered(rows))
             else:
                 values = self._floats(name)
                 if gemma and name.endswith("norm.weight"):
@@ -205,7 +205,7 @@ def _architecture(fields: Mapping[str, Any]) -> gguf.MODEL_ARCH:
 def _each_expert(name: str, tensor: gguf.ReaderTensor) -> Iterator[NamedWeight]:
     """One after the other, of a tensor that has all of them. Unlike other weights, no rows of theirs are reordered."""
     for number, rows in enumerate(tensor.data):
-        if tensor.tensor_type in BLOCK_TYPES:
+        if tensor.tensor_type in BLOCK_TYPES and rows.ndim == 2:
             yield expert_name(name, number), StoredWeight(read_blocks(rows, tensor.tensor_type))
         else:
             yield expert_name(name, number), torch.from_numpy(gguf.dequantize(rows, tensor.tensor_type).copy())
@@ -213,8 +213,3 @@ def _each_expert(name: str, tensor: gguf.ReaderTensor) -> Iterator[NamedWeight]:
 
 def _is_read(kind: Kind) -> bool:
     return kind in _PLAIN or kind in BLOCK_TYPES
-
-
-def _reordered(weight: QuantizedWeight, rows: torch.Tensor) -> QuantizedWeight:
-    offsets = None if weight.offsets is None else weight.offsets[rows]
-    return QuantizedWeight(weight.codes[rows], weight.scales[rows], offsets, weight.group, weight.bits)

@@ -144,6 +144,11 @@ class QuantizedWeight:
         offsets = None if self.offsets is None else self.offsets[some]
         return QuantizedWeight(self.codes[some], self.scales[some], offsets, self.group, self.bits)
 
+    def reordered(self, rows: Tensor) -> "QuantizedWeight":
+        """Its outputs in another order. rows: int64 ``[out]``, the output that comes in each place."""
+        offsets = None if self.offsets is None else self.offsets[rows]
+        return QuantizedWeight(self.codes[rows], self.scales[rows], offsets, self.group, self.bits)
+
     def above(self, other: "QuantizedWeight") -> "QuantizedWeight":
         """The outputs of both, this one's first. Raises ConfigError where bits or inputs differ."""
         if (self.bits, self.in_features) != (other.bits, other.in_features):
