@@ -10,7 +10,6 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
-from emberkv.sim.replica import ANY_TOKEN
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Work
 from emberkv.workload.content import Content
@@ -82,7 +81,7 @@ def walk(loop: Loop, roofline: Roofline) -> Walk:
             visit = visits[int(chunk.sequence.request_id)]
             if chunk.samples and visit.first < 0:
                 visit.first = now
-        for sequence in scheduler.complete(plan, ANY_TOKEN):
+        for sequence in scheduler.complete(plan, defaultdict(int)):
             visits[int(sequence.request_id)].done = now
             if len(visits) < requests:
                 ask()
