@@ -63,7 +63,7 @@ class FakeExecutor(TinyExecutor):
         self.on_step(plan, self.steps - 1)
         for chunk in plan.prefills:
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
-        return super().execute(replace(plan, prefills=[replace(each, copy=None) for each in plan.prefills]), sampling)
+        return super().execute(replace(plan, prefills=[each._replace(copy=None) for each in plan.prefills]), sampling)
 
     def compute(self, sequence: Sequence, start: int, stop: int) -> NDArray[np.float32]:
         logits = np.zeros((stop - start, VOCAB), dtype=np.float32)
