@@ -133,6 +133,7 @@ class FakeConnection:
                 sequence=0,
                 draining=worker.draining,
                 running=worker.running,
+                shared_tiers=worker.shared_tiers,
             )
             await changed.wait()
 

@@ -73,3 +73,22 @@ async def test_a_server_is_read_again_when_no_worker_that_shares_it_was_left() -
             await until(lambda: membership.up)
             await until(lambda: known(membership, 1) == [{"remote": 3}])
             assert worker.scans == ["remote", "remote"]
+
+
+@pytest.mark.parametrize("before", [{}, {"remote": SharedTier(b"o" * 16, is_listed=False)}])
+@on_a_loop
+async def test_a_worker_that_gets_to_know_its_server_has_what_is_there_from_then_on(
+    before: dict[str, SharedTier],
+) -> None:
+    first = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS[:1])
+    late = FakeWorker("b", shared_tiers=before, stored=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
+        async with followed(first, late) as membership:
+            await until(lambda: known(membership, 2) == [{"remote": 1}, {}])
+            late.change(shared_tiers={"remote": STORE}, stored=BLOCKS)
+            await until(lambda: known(membership, 2) == [{"remote": 3}, {"remote": 3}])
+            assert (first.scans, late.scans) == (["remote"], ["remote"] * (len(before) + 1))
+            late.change(shared_tiers=before, stored=())
+            await until(lambda: known(membership, 2) == [{"remote": 3}, {}])
+            assert [worker.status for worker in membership.workers] == [WorkerStatus.UP] * 2

@@ -129,16 +129,20 @@ def test_servers_of_one_machine_share_memory(
     assert first.exit_code() == 0
 
 
-def test_a_gateway_routes_to_what_a_killed_worker_has_left_in_redis(
+def test_a_gateway_routes_to_what_a_killed_worker_has_left_in_redis_which_was_away_when_it_started(
     redis_server: RedisProcess, checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     shared = ("--remote-tier", redis_server.address.url, "--remote-tier-bytes", "64MiB")
     prompts = [{"model": "tiny", "prompt": f"{tmp_path} {number} {TEXT}", "max_tokens": 4} for number in range(4)]
     with cluster_in(tmp_path, checkpoint("llama")) as cluster:
+        redis_server.kill()
         first = cluster.start_worker("a", *shared)
         gateway = cluster.start_gateway("a", "b")
         with httpx.Client(base_url=gateway.url, timeout=DEADLINE) as client:
             cluster.until("a", "up")
+            assert cluster.status("a")["shared_tiers"] == {}
+            redis_server.start()
+            eventually(lambda: cluster.status("a")["shared_tiers"] != {})
             computed = [completed(client, prompt)[0] for prompt in prompts]
             second = cluster.start_worker("b", *shared)
             cluster.until("b", "up")

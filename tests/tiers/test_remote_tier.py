@@ -223,6 +223,34 @@ def test_an_emptied_server_has_nothing_and_takes_blocks_again(server: RedisProce
     assert (tier.query(IDS), tier.stats().circuit) == (2, Circuit.CLOSED)
 
 
+def test_a_server_is_known_by_what_it_keeps_whatever_it_is_called(server: RedisProcess, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(server.socket.parent)
+
+    def known(url: str, namespace: bytes = NAMESPACE) -> bytes | None:
+        return RemoteTier(ServerAddress(url), LARGE, namespace=namespace).connect().store_id
+
+    first = known(server.address.url)
+    assert first == known(f"unix://{tmp_path}/link/{server.socket.name}") is not None
+    others = [
+        known(f"{server.address.url}?db=1"),
+        known(server.address.url, OTHER),
+        opened(server, prefix=b"x").store_id,
+    ]
+    with RedisProcess(tmp_path / "other") as other:
+        others.append(known(other.address.url))
+    assert len({first, None, *others}) == 6
+
+
+def test_processes_agree_that_a_server_is_another_one_when_it_has_lost_all(server: RedisProcess) -> None:
+    tiers = opened(server), opened(server)
+    before = tiers[0].store_id
+    server.kill()
+    server.start()
+    for tier in tiers:
+        tier.refresh()
+    assert tiers[0].store_id == tiers[1].store_id not in (before, None)
+
+
 def test_a_server_that_does_not_know_the_script_is_given_it(server: RedisProcess) -> None:
     tier = opened(server)
     server.client().script_flush()
@@ -370,10 +398,11 @@ def test_a_server_that_does_not_answer_at_the_start_is_used_when_it_does(server:
     server.kill()
     clock = Clock()
     tier = opened(server, clock=clock)
-    assert tier.stats().circuit is Circuit.OPEN
+    assert (tier.stats().circuit, tier.store_id) == (Circuit.OPEN, None)
     server.start()
     comes_back(tier, clock)
     assert tier.store(ENTRIES[:1]).count == 1
+    assert tier.store_id == opened(server).store_id is not None
 
 
 @pytest.mark.parametrize(

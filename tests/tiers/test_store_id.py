@@ -9,28 +9,27 @@ from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.shm.tier import ShmTier
-from emberkv.tiers.store_id import folder_id, server_id
+from emberkv.tiers.store_id import folder_id, master_id
 from tests.tiers.build import NAMESPACE, OTHER
 
 
-def test_a_server_is_known_by_host_port_and_database_whatever_the_user() -> None:
-    equal = ["redis://cache:6379/0", "redis://me@CACHE", "rediss://cache/"]
-    assert len({server_id(url, NAMESPACE) for url in equal}) == 1
-    different = [equal[0], "redis://other", "redis://cache:7000", "redis://cache/1", "mooncake://cache:6379"]
+def test_a_master_is_known_by_host_and_port() -> None:
+    assert master_id("mooncake://cache:50051", NAMESPACE) == master_id("mooncake://CACHE.:50051", NAMESPACE)
+    different = ["mooncake://cache:50051", "mooncake://other:50051", "mooncake://cache:50052"]
     for one, other in combinations(different, 2):
-        assert server_id(one, NAMESPACE) != server_id(other, NAMESPACE)
-    assert server_id(equal[0], NAMESPACE) != server_id(equal[0], OTHER)
+        assert master_id(one, NAMESPACE) != master_id(other, NAMESPACE)
+    assert master_id(different[0], NAMESPACE) != master_id(different[0], OTHER)
 
 
-def test_a_server_on_loopback_is_one_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_master_on_loopback_is_one_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loopback = ("127.0.0.1", "localhost", "[::1]", "localhost.", "ip6-localhost", "x.localhost", "0.0.0.0", "[::]")
     names = (*loopback, "host.docker.internal", "host.containers.internal", "cache", "cache.example")
-    before = [server_id(f"redis://{name}", NAMESPACE) for name in names]
+    before = [master_id(f"mooncake://{name}:50051", NAMESPACE) for name in names]
     assert len(set(before)) == 5, "all names of loopback are one server"
     assert len(set(before[: len(loopback)])) == 1
     (boot := tmp_path / "boot_id").write_text("another machine")
     monkeypatch.setattr("emberkv.tiers.store_id._BOOT_ID", boot)
-    after = [server_id(f"redis://{name}", NAMESPACE) for name in names]
+    after = [master_id(f"mooncake://{name}:50051", NAMESPACE) for name in names]
     assert [one == other for one, other in zip(before, after, strict=True)] == [False] * (len(names) - 2) + [True] * 2
 
 
@@ -45,9 +44,7 @@ def test_a_folder_is_known_by_whatever_path_it_is_reached(tmp_path: Path) -> Non
         folder_id(tmp_path / "one", OTHER),
         folder_id(tmp_path / "one", NAMESPACE, "within"),
     )
-    sockets = [server_id(f"unix://{tmp_path}/{name}/socket", NAMESPACE) for name in ("link", "one", "other", "none")]
-    assert sockets[0] == sockets[1] not in (None, sockets[2])
-    assert sockets[3] is None
+    assert folder_id(tmp_path / "none", NAMESPACE) is None
 
 
 def test_the_manager_names_the_tiers_that_others_find_too(tmp_path: Path) -> None:

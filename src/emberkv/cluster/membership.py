@@ -203,8 +203,12 @@ class Membership:
         if worker.slot is not None:
             self.router.leave(worker.slot)
             worker.slot = worker.reader = None
-            members = [other for other in self._workers.values() if other.slot is not None]
-            self._scanned &= {store_id for other in members for store_id in other.shared.values()}
+            self._keep_scanned()
+
+    def _keep_scanned(self) -> None:
+        """Forget that stores were read which no worker shares any more: the index has forgotten them, too."""
+        members = [other for other in self._workers.values() if other.slot is not None]
+        self._scanned &= {store_id for other in members for store_id in other.shared.values()}
 
     def set_status(self, worker: Replica, status: WorkerStatus, detail: str) -> None:
         """For those that follow workers."""
@@ -250,7 +254,7 @@ class Membership:
 
     async def _meet(self, worker: Worker) -> bool:
         """Ask what it serves; whether that is what the others serve."""
-        before = worker.description
+        before, shared_before = worker.description, worker.shared
         description = await worker.connection.worker()
         worker.heard = self._clock()
         if before is None or before.epoch != description.epoch:  # one that leaves goes on to leave until it has ended
@@ -282,6 +286,10 @@ class Membership:
         assert worker.reader is not None, "a worker with a slot has a reader"
         if self.router.index is not None:
             self.router.index.share(worker.slot, worker.shared)
+        self._keep_scanned()
+        if before is not None and before.epoch == description.epoch:
+            # what it stored there, before it knew that it shares the store, counted for it alone, and is read again
+            self._scanned -= set(worker.shared.values()) - set(shared_before.values())
         worker.reader.take(EventBatch(description.epoch, 1, ()))  # of another epoch than before, it begins anew
         return True
 
@@ -316,7 +324,8 @@ class Membership:
         return None
 
     async def _listen(self, worker: Worker) -> None:
-        """Take in events and reports, and ask beside them for what is missing. Raises _EventsEndedError when the worker
+        """Take in events and reports, and ask beside them for what is missing, until the worker is to be met again:
+        events are missing in between, or it shares other tiers than before. Raises _EventsEndedError when the worker
         ends them.
         """
         reader, has_reported = worker.reader, False
@@ -335,6 +344,8 @@ class Membership:
                     if isinstance(message, LoadReport):
                         self._take_report(worker, message)
                         has_reported = True
+                        if not worker.shares_as(message):
+                            return
                         continue
                     reader.take(message)
                     match reader.need():

@@ -118,7 +118,7 @@ class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
     decoding: requests of which each step computes one token. total_blocks, free_blocks, cached_blocks: of the pool; the
     cached ones are among the free. block_bytes: of KV state. hit_tokens: of prompts, found in the cache since the
     start. prefill_rate: prompt tokens a second. step_seconds: of a step that only decodes. load_rates: bytes a second,
-    by tier.
+    by tier. shared_tiers: which tiers it shares now, by name, as in `WorkerDescription`; None: as there.
     """
 
     worker_id: Name
@@ -137,6 +137,7 @@ class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
     prefill_rate: float | None = None
     step_seconds: float | None = None
     load_rates: dict[str, float] = {}
+    shared_tiers: dict[Name, SharedTier] | None = None
     draining: bool = False
 
 

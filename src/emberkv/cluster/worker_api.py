@@ -129,10 +129,7 @@ class WorkerRoutes:
             about=dict(model.about),
             created=model.created,
             tokenizer=files.etag,
-            shared_tiers={
-                name: wire.SharedTier(store.store_id, store.is_listed)
-                for name, store in (engine.tiers.shared() if engine.tiers is not None else {}).items()
-            },
+            shared_tiers=_shared_tiers(engine),
         )
         return _message(description)
 
@@ -278,6 +275,7 @@ class WorkerRoutes:
             prefill_rate=load.prefill_rate,
             step_seconds=load.step_seconds,
             load_rates={name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None},
+            shared_tiers=_shared_tiers(engine),
             draining=self._lifecycle.phase is Phase.DRAINING,
         )
 
@@ -428,6 +426,11 @@ def refused(error: EmberError) -> Response:
 
 def _message(message: object, headers: dict[str, str] | None = None) -> Response:
     return Response(wire.encode(message), headers=headers, media_type=wire.MEDIA_TYPE)
+
+
+def _shared_tiers(engine: AssembledEngine) -> dict[str, wire.SharedTier]:
+    stores = engine.tiers.shared() if engine.tiers is not None else {}
+    return {name: wire.SharedTier(store.store_id, store.is_listed) for name, store in stores.items()}
 
 
 def _ask(engine: AssembledEngine, command: Command[R]) -> Awaitable[R]:

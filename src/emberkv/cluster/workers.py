@@ -144,6 +144,11 @@ class Worker(Replica):
         tiers = {} if self.description is None else self.description.shared_tiers
         return [name for name, tier in tiers.items() if tier.is_listed]
 
+    def shares_as(self, report: LoadReport) -> bool:
+        """Whether it shares the tiers of its description still: a server's id is not known before it is reached."""
+        described = {} if self.description is None else self.description.shared_tiers
+        return report.shared_tiers is None or report.shared_tiers == described
+
     def take_report(self, report: LoadReport, now: float) -> None:
         self.report = report
         self._unreported = {each: sent for each, sent in self._unreported.items() if now - sent[0] < REPORT_SECONDS}

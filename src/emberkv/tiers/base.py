@@ -82,7 +82,7 @@ class Tier(Protocol):
     find one is then reported instead.
 
     store_id: equal in the tiers of all processes that find the same blocks, see `tiers.store_id`; None where no other
-    process finds this one's.
+    process finds this one's, and while it is not known. It may change.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Which store a tier is: ids that are equal in all processes that find the same blocks in it.
 
-An id is a digest of the place and of the namespace of the blocks. Two names of one server give two ids, so that
-processes that use it under both do not know that they share it. One id never stands for two stores, as long as a name
-means the same server on all machines. Names that each machine resolves to itself, as localhost, have one id a machine.
+An id is a digest of the namespace of the blocks and of what tells their store from others. A Redis server keeps a key
+of its own for that, so that its names do not matter. A folder is known by its place on this machine, and the master of
+a Mooncake store, which keeps no key, by its address: two names of one master give two ids, and one name must not mean
+two masters. Names that each machine resolves to itself, as localhost, have one id a machine.
 """
 
 import os
@@ -13,9 +14,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ID_BYTES = 16
-
-DEFAULT_PORT = 6379
-"""Of a Redis or Valkey server."""
 
 _LOOPBACK = ("", "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 _HOSTS_OF_CONTAINERS = (".docker.internal", ".containers.internal")
@@ -34,25 +32,25 @@ def folder_id(folder: Path, namespace: bytes, name: str = "") -> bytes | None:
     return _digest(namespace, "folder", _machine(), f"{found.st_dev}:{found.st_ino}", name)
 
 
-def server_id(url: str, namespace: bytes) -> bytes | None:
-    """Of a server at ``SCHEME://[USER@]HOST[:PORT][/DATABASE]`` or ``unix://PATH``, whatever the user. None for a
-    socket whose folder cannot be looked at.
+def kept_id(key: bytes, namespace: bytes) -> bytes:
+    """Of a store that keeps ``key``, which was drawn for it at random."""
+    return _digest(namespace, "kept", key.hex())
+
+
+def master_id(url: str, namespace: bytes) -> bytes:
+    """Of the store whose master is at ``SCHEME://HOST:PORT``.
 
     All names of loopback are one server, which each network of a machine's containers has for itself. The names by
     which containers reach their host are a server of this machine. Any other name is taken to mean one server
     everywhere, one without a dot too, as Kubernetes resolves it alike on all machines.
     """
     parts = urlsplit(url)
-    if parts.scheme == "unix":
-        path = Path(parts.path)
-        return folder_id(path.parent, namespace, path.name)
-    scheme = parts.scheme.replace("rediss", "redis")
-    host, database = (parts.hostname or "").removesuffix("."), parts.path.strip("/") or "0"
+    host = (parts.hostname or "").removesuffix(".")
     if _is_loopback(host):
         host = f"{_machine()}:{_network()}"
     elif host.endswith(_HOSTS_OF_CONTAINERS):
         host = f"{_machine()}:{host}"
-    return _digest(namespace, scheme, host, str(parts.port or DEFAULT_PORT), database)
+    return _digest(namespace, "master", host, str(parts.port))
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,7 +5,7 @@
 --   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
 --   lru:OWNER       sorted set: MEMBER by the number of its last use
 --   bytes           hash: owner -> bytes
---   state           hash: clock, total, floor, swept, cleared:NAMESPACE
+--   state           hash: clock, total, floor, swept, cleared:NAMESPACE, key: drawn once, tells this server from others
 --   removed         sorted set: MEMBER by the number of its removal
 --   gone:NAMESPACE  set: hashes of blocks that are gone though no process of the namespace asked for it
 --   spaces          set: every namespace
@@ -303,8 +303,8 @@ operations.clear = function()
   return { text(number), scan[1], count }
 end
 
--- time to live (ms): forget what has expired, once in a while over all processes -> 1 where the index was begun anew,
--- hashes of blocks that are gone, each of which one process is given
+-- time to live (ms), a key for a server that has none: forget what has expired, once in a while over all processes
+-- -> 1 where the index was begun anew, hashes of blocks that are gone, each of which one process is given, the server's key
 operations.state = function()
   allow_growth()
   local mended = 0
@@ -313,7 +313,9 @@ operations.state = function()
     expire(tonumber(ARGV[4]))
     mended = mend()
   end
-  return { mended, redis.call('SPOP', prefix .. 'gone:' .. space, REPORTED_AT_ONCE) }
+  redis.call('HSETNX', STATE, 'key', ARGV[5])
+  local gone = redis.call('SPOP', prefix .. 'gone:' .. space, REPORTED_AT_ONCE)
+  return { mended, gone, redis.call('HGET', STATE, 'key') }
 end
 
 local all = redis.call('HGETALL', BYTES)

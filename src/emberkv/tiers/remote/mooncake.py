@@ -21,7 +21,7 @@ from emberkv.tiers.remote.mooncake_client import SETUP_SECONDS, MooncakeClient
 from emberkv.tiers.remote.server import ANSWER_SECONDS, ServerAddress
 from emberkv.tiers.remote.tier import FIRST_LOOKED_UP, LOOKUP_SECONDS, MORE_LOOKED_UP, NOT_REACHED, REFRESH_SECONDS
 from emberkv.tiers.stats import TierStats, Troubles
-from emberkv.tiers.store_id import server_id
+from emberkv.tiers.store_id import master_id
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class MooncakeTier(Tier):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
-        self.store_id = server_id(address.url, prefix.encode() + namespace)
+        self.store_id = master_id(address.url, prefix.encode() + namespace)
         self._address = address
         self._given_bytes = given_bytes
         self._space = f"{prefix}:{sha256(namespace).hexdigest()[:32]}"

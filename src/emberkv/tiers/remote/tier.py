@@ -7,6 +7,7 @@ and the breaker leaves the server alone until a probe by `refresh` is answered. 
 
 import json
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
 from emberkv.tiers.remote.server import PREFIX, BlockServer, ServerAddress
 from emberkv.tiers.stats import TierStats, Troubles
-from emberkv.tiers.store_id import server_id
+from emberkv.tiers.store_id import ID_BYTES, kept_id
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class RemoteTier(Tier):
 
     max_bytes: of what all processes have stored under ``prefix``; a store by this process evicts until it holds, the
     least recently used blocks first. ttl_seconds: a block that was not used for so long is gone. shares: floors and
-    quotas by owner, as in `FairShares`.
+    quotas by owner, as in `FairShares`. draw: random bytes, for the key by which processes know the server.
+
+    store_id is None until the server has answered, and another one after it has lost all that it had.
     """
 
     refresh_seconds = REFRESH_SECONDS
@@ -62,13 +65,15 @@ class RemoteTier(Tier):
         name: str = "remote",
         prefix: bytes = PREFIX,
         clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         if max_bytes <= 0:
             raise ConfigError(f"the remote tier's size is {max_bytes} bytes; it must be above 0")
         self.name = name
-        self.store_id = server_id(address.url, prefix + namespace)
         self._address = address
         self._max_bytes = max_bytes
+        self._namespace = prefix + namespace
+        self._draw = draw
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
         self._shares = json.dumps(
             {
@@ -90,7 +95,7 @@ class RemoteTier(Tier):
     def connect(self) -> "RemoteTier":
         """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
         try:
-            _, self._gone = self._server.call("state", self._ttl_ms)
+            self._look()
         except RemoteTierError as error:
             if error.kind == "access refused":
                 raise ConfigError(
@@ -198,9 +203,7 @@ class RemoteTier(Tier):
             return
         try:
             self._remove_left()
-            is_new_index, gone = self._server.call("state", self._ttl_ms)
-            self._gone += gone
-            if is_new_index:
+            if self._look():
                 self._troubles.count("index lost")
         except RemoteTierError:
             return
@@ -292,6 +295,13 @@ class RemoteTier(Tier):
         with self._lock:
             self._evictions += len(gone) + others
         return int(kept)
+
+    def _look(self) -> bool:
+        """Ask the server which blocks are gone, and which server it is; whether it has begun its index anew."""
+        is_new_index, gone, key = self._server.call("state", self._ttl_ms, self._draw(ID_BYTES))
+        self._gone += gone
+        self.store_id = kept_id(key, self._namespace)
+        return bool(is_new_index)
 
     def _remove_left(self) -> None:
         with self._lock:
