@@ -96,6 +96,8 @@ def _as_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> tor
     if name == "llama" and (".attn_q." in stored or ".attn_k." in stored):
         heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
         return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if stored.endswith("ffn_gate_inp_shexp.weight"):
+        return tensor.squeeze(0)
     return tensor + 1 if name.startswith("gemma") and stored.endswith("norm.weight") else tensor
 
 
@@ -104,12 +106,14 @@ def _add_shape(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
-    experts = getattr(config, "num_local_experts", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if name == "qwen3moe":
+    if name in ("qwen2moe", "qwen3moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if name == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if name == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -184,4 +188,6 @@ def _from_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> t
     if name == "llama" and (".attn_q." in stored or ".attn_k." in stored):
         heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if stored.endswith("ffn_gate_inp_shexp.weight"):
+        return tensor.view(1, -1)
     return tensor - 1 if name.startswith("gemma") and stored.endswith("norm.weight") else tensor

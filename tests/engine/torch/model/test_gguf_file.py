@@ -53,7 +53,7 @@ def logits(path: Path, dtype: DTypeName = "auto") -> torch.Tensor:
     return found
 
 
-READ = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt_oss")
+READ = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("arch", READ)
@@ -262,6 +262,7 @@ def test_odd_metadata_are_refused(tmp_path: Path, key: str, value: object, messa
         ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}, "otherwise than by a softmax"),
         ("mixtral", {"llama.expert_weights_norm": False}, "otherwise than by a softmax"),
         ("qwen3_moe", {"qwen3moe.expert_count": None}, "no usable metadata of a qwen3moe model: .*expert_count"),
+        ("qwen2_moe", {"qwen2moe.expert_weights_norm": True}, "otherwise than by a softmax over all of them"),
         ("gpt_oss", {"gpt-oss.expert_count": None}, "no usable metadata of a gpt-oss model: .*expert_count"),
         ("gpt_oss", {"gpt-oss.attention.sliding_window": None}, "of a gpt-oss model: .*attention.sliding_window"),
         ("gpt_oss", {"gpt-oss.rope.freq_base_swa": 1e4}, "layers with a sliding window have a RoPE of their own"),

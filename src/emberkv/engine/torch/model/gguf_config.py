@@ -18,6 +18,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
@@ -52,9 +53,15 @@ _UNDERSTOOD = frozenset(
         "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
         "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
         "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func", "expert_weights_norm",
+        "expert_shared_feed_forward_length",
     }
 )  # fmt: skip
-_EXPERTS = {"llama": "num_local_experts", "qwen3moe": "num_experts", "gpt-oss": "num_local_experts"}
+_EXPERTS = {
+    "llama": "num_local_experts",
+    "qwen2moe": "num_experts",
+    "qwen3moe": "num_experts",
+    "gpt-oss": "num_local_experts",
+}
 """Architectures of mixtures, and how their configs name the number of experts."""
 _SOFTMAX = 1
 """What ``expert_gating_func`` says of routers that weight experts by a softmax."""
@@ -145,15 +152,20 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
 def _experts(name: str, own: Fields) -> dict[str, Any]:
     """The settings of a mixture; {} where there are no experts."""
     count = own.get("expert_count", 0)
-    if not count and name not in ("qwen3moe", "gpt-oss"):
+    if not count and (name == "llama" or name not in _EXPERTS):
         return {}
     if name not in _EXPERTS:
         raise UnsupportedModelError(f"it has {count} experts, which are not known of {name}")
-    if own.get("expert_gating_func", _SOFTMAX) != _SOFTMAX or own.get("expert_weights_norm", True) is not True:
-        raise UnsupportedModelError("its router weights experts otherwise than by a softmax over the chosen ones")
+    among_chosen = name != "qwen2moe"
+    weighted = own.get("expert_gating_func", _SOFTMAX), own.get("expert_weights_norm", among_chosen)
+    if weighted != (_SOFTMAX, among_chosen):
+        whole = "the chosen ones" if among_chosen else "all of them"
+        raise UnsupportedModelError(f"its router weights experts otherwise than by a softmax over {whole}")
     settings = {_EXPERTS[name]: own["expert_count"], "num_experts_per_tok": own["expert_used_count"]}
-    if name == "qwen3moe":
-        settings |= {"moe_intermediate_size": own["expert_feed_forward_length"], "norm_topk_prob": True}
+    if name in ("qwen2moe", "qwen3moe"):
+        settings |= {"moe_intermediate_size": own["expert_feed_forward_length"], "norm_topk_prob": among_chosen}
+    if name == "qwen2moe":
+        settings["shared_expert_intermediate_size"] = own["expert_shared_feed_forward_length"]
     if name == "gpt-oss":
         settings |= {
             "intermediate_size": own["expert_feed_forward_length"],

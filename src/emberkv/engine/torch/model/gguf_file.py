@@ -113,7 +113,7 @@ class GGUFSource:
             part = expert_part(self._names[name])
             parameter = self._names[name] if part is None else part.parameter
             known = shape.experts.get(parameter, shape.shapes[parameter])
-            found, wanted = tuple(map(int, reversed(tensor.shape))), known if part is None else part.shape(known)
+            found, wanted = _shape(tensor), known if part is None else part.shape(known)
             if found != wanted:
                 raise CorruptModelError(
                     f"the tensors in {self.path} do not fit its metadata: {name} is stored as {list(found)}, and the "
@@ -181,11 +181,11 @@ class GGUFSource:
                 yield from _each_expert(parameter, tensor)
                 continue
             rows = q_and_k_rows(self.config, name)
-            if tensor.tensor_type in BLOCK_TYPES:
+            if tensor.tensor_type in BLOCK_TYPES and len(tensor.shape) > 1:
                 weight = read_blocks(tensor.data, tensor.tensor_type)
                 yield parameter, StoredWeight(weight if rows is None else weight.reordered(rows))
             else:
-                values = self._floats(name)
+                values = self._floats(name).view(_shape(tensor))
                 if gemma and name.endswith("norm.weight"):
                     values = values - 1  # the file has what is multiplied by, and the model adds one
                 yield parameter, values if rows is None else values[rows]
@@ -200,6 +200,12 @@ class GGUFSource:
 
 def _architecture(fields: Mapping[str, Any]) -> gguf.MODEL_ARCH:
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == fields["general.architecture"])
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """As the model has it. llama.cpp's converter drops the axis of the one row that a shared expert's gate has."""
+    shape = tuple(map(int, reversed(tensor.shape)))
+    return (1, *shape) if tensor.name.endswith(".ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
 
 
 def _each_expert(name: str, tensor: gguf.ReaderTensor) -> Iterator[NamedWeight]:
