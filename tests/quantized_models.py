@@ -120,13 +120,15 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
     quantise, settings, everything = FOLDERS[source]
     stored: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
-    for name, tensor in _one_by_one(load_file(original / "model.safetensors")).items():
+    for name, tensor in _one_by_one(load_file(original / "model.safetensors"), in_turns=arch == "gpt_oss").items():
         layer = name.removesuffix(".weight")
-        if name.endswith("_proj.weight") or ".experts." in name or (everything and tensor.ndim == 2):
+        of_expert = ".experts." in name and tensor.ndim == 2
+        if name.endswith("_proj.weight") or of_expert or (everything and tensor.ndim == 2):
             parts, plain[name] = quantise(tensor)
             stored |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
         else:
             stored[name] = plain[name] = tensor
+    plain = _in_turns(plain) if arch == "gpt_oss" else plain
     return _written(original, folder, _switched(stored) if everything else stored, plain, settings)
 
 
@@ -136,18 +138,44 @@ def _gguf_kind(source: str, name: str) -> Kind:
     return Kind.Q8_0 if kind is Kind.MXFP4 and "_exps" not in name else kind
 
 
-def _one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the experts that Llama 4 stacks, as ``[experts, in, out]``, as quantised checkpoints have them."""
+def _one_by_one(tensors: dict[str, Tensor], *, in_turns: bool) -> dict[str, Tensor]:
+    """With the experts that Llama 4 and gpt-oss stack, as ``[experts, in, out]``, as quantised checkpoints have them.
+
+    in_turns: the stack has an output of the gate, then one of its pair, and so on; and there are biases.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block, stacked, part = name.rpartition(".experts.")
-        if not stacked or tensor.ndim != 3:
+        if not stacked or (tensor.ndim != 3 and not in_turns):
             found[name] = tensor
             continue
+        kind, own = ("weight" if tensor.ndim == 3 else "bias"), part.removesuffix("_bias")
         for number, weight in enumerate(tensor):
             rows = weight.t().contiguous()
-            halves = dict(zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True)) if "gate" in part else {part: rows}
-            found |= {f"{block}.experts.{number}.{own}.weight": each for own, each in halves.items()}
+            halves = (rows[0::2], rows[1::2]) if in_turns else rows.chunk(2)
+            parts = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if "gate" in part else {own: rows}
+            found |= {f"{block}.experts.{number}.{each}.{kind}": value for each, value in parts.items()}
+    return found
+
+
+def _in_turns(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_one_by_one` makes of gpt-oss's, stacked again."""
+    experts = {name: each for name, each in tensors.items() if ".experts." in name}
+    found = {name: each for name, each in tensors.items() if name not in experts}
+    blocks = {name.partition(".experts.")[0] for name in experts}
+    count = len({name.partition(".experts.")[2].partition(".")[0] for name in experts})
+    for block in blocks:
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            gate, up, down = (
+                torch.stack([experts[f"{block}.experts.{number}.{part}_proj.{kind}"] for number in range(count)])
+                for part in ("gate", "up", "down")
+            )
+            both = torch.stack([gate, up], dim=2).flatten(1, 2)
+            stacks = {"gate_up_proj": both, "down_proj": down}
+            found |= {
+                f"{block}.experts.{own}{suffix}": each.transpose(1, 2) if kind == "weight" else each
+                for own, each in stacks.items()
+            }
     return found
 
 

@@ -67,6 +67,7 @@ EXPERTS = [
     ("compressed-int8", "mixtral", 8), ("mlx-4", "qwen3_moe", 4), ("mlx-8", "qwen3_moe", 8), ("mxfp4", "gpt_oss", 8),
     ("fp8", "qwen3_moe", 0), ("gguf-q8_0", "mixtral", 8), ("gguf-q4_1", "mixtral", 4), ("gguf-q4_0", "gpt_oss", 4),
     ("gguf-mxfp4", "gpt_oss", 8), ("gguf-q8_0", "qwen2_moe", 8),
+    ("compressed-int4", "gpt_oss", 4),
 ]  # fmt: skip
 """By source and architecture: the bits that the experts keep; 0: they are held in the type that is computed with."""
 

@@ -159,9 +159,10 @@ class FolderSource:
             known, part = _place_of(name, shape)
             wanted = found if known is None else shape.shapes[known]
             if part is not None:
-                if self.method is not None and known not in shape.experts:  # not stacked as other models' are
+                stack = part.parameter.removesuffix("_bias")
+                if self.method is not None and shape.name_of(stack) not in shape.experts:  # not stacked as others' are
                     raise self._experts_refused(self.method)
-                wanted = part.shape(wanted)
+                wanted = part.shape(shape.experts.get(known or "", wanted))
             if wanted != found:
                 raise CorruptModelError(
                     f"the weights in {self.path} do not fit its config.json: {name} is stored as {list(found)}, "
