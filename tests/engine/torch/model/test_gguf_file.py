@@ -261,11 +261,16 @@ def test_odd_metadata_are_refused(tmp_path: Path, key: str, value: object, messa
         ("qwen2", {"qwen2.expert_count": 4}, "it has 4 experts, which are not known of qwen2; .* --quantize int8"),
         ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}, "otherwise than by a softmax"),
         ("mixtral", {"llama.expert_weights_norm": False}, "otherwise than by a softmax"),
-        ("qwen3_moe", {"qwen3moe.expert_count": None}, "no usable metadata of a qwen3moe model: .*expert_count"),
+        ("qwen3_moe", {"qwen3moe.expert_count": None}, "model: qwen3moe.expert_count is None; a positive"),
         ("qwen2_moe", {"qwen2moe.expert_weights_norm": True}, "otherwise than by a softmax over all of them"),
         ("gpt_oss", {"gpt-oss.expert_count": None}, "no usable metadata of a gpt-oss model: .*expert_count"),
         ("gpt_oss", {"gpt-oss.attention.sliding_window": None}, "of a gpt-oss model: .*attention.sliding_window"),
         ("gpt_oss", {"gpt-oss.rope.freq_base_swa": 1e4}, "layers with a sliding window have a RoPE of their own"),
+        ("qwen3_moe", {"qwen3moe.expert_count": 0}, "qwen3moe.expert_count is 0; a positive whole number would work"),
+        ("mixtral", {"llama.expert_count": -3}, "llama.expert_count is -3; a positive whole number would work"),
+        ("mixtral", {"llama.expert_used_count": 0}, "llama.expert_used_count is 0; 1 to 6, of so many experts, would"),
+        ("mixtral", {"llama.expert_used_count": 7}, "llama.expert_used_count is 7; 1 to 6"),
+        ("qwen3_moe", {"qwen3moe.expert_used_count": -1}, "qwen3moe.expert_used_count is -1; 1 to 6"),
     ],
 )
 def test_experts_that_are_not_understood_are_refused(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from emberkv.engine.torch.model.inspection import inspect_model
@@ -11,6 +12,7 @@ from emberkv.engine.torch.model.loader import load_model, open_source
 from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from tests.conftest import CheckpointFactory
+from tests.gguf_models import write_gguf
 from tests.quantized_models import quantised_model
 
 
@@ -48,3 +50,23 @@ def test_of_quantised_weights(tmp_path: Path, source: str) -> None:
     path, _ = quantised_model(source, tmp_path)
     loaded = load_model(str(path), dtype="bfloat16", device="cpu")
     assert stated_bytes(path) == held_bytes(loaded.model)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "held"),
+    [
+        (Kind.Q4_0, Kind.Q8_0, "8 bits"),
+        (Kind.Q4_1, Kind.Q8_0, "8 bits"),
+        (Kind.Q4_1, Kind.Q4_0, "4 bits"),
+        (Kind.F16, Kind.Q4_0, None),
+    ],
+)
+def test_of_gates_and_their_pairs_in_other_types(
+    checkpoint: CheckpointFactory, tmp_path: Path, gate: Kind, up: Kind, held: str | None
+) -> None:
+    """Both are one weight, whose codes have the more bits, with offsets if either has them; plain if either is."""
+    kinds = {"blk.0.ffn_gate_exps.weight": gate, "blk.0.ffn_up_exps.weight": up}
+    path = write_gguf(checkpoint("mixtral"), tmp_path / "model.gguf", lambda name: kinds.get(name, Kind.F32))
+    loaded = load_model(str(path), dtype="bfloat16", device="cpu")
+    assert stated_bytes(path) == held_bytes(loaded.model)
+    assert open_source(path).held == (None if held is None else f"{held}, value by value")

@@ -161,7 +161,14 @@ def _experts(name: str, own: Fields) -> dict[str, Any]:
     if weighted != (_SOFTMAX, among_chosen):
         whole = "the chosen ones" if among_chosen else "all of them"
         raise UnsupportedModelError(f"its router weights experts otherwise than by a softmax over {whole}")
-    settings = {_EXPERTS[name]: own["expert_count"], "num_experts_per_tok": own["expert_used_count"]}
+    most: int | None = None
+    for key in ("expert_count", "expert_used_count"):
+        value = own.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= (most or value):
+            limit = "a positive whole number" if most is None else f"1 to {most}, of so many experts,"
+            raise CorruptModelError(f"{name}.{key} is {value!r}; {limit} would work")
+        most = value
+    settings = {_EXPERTS[name]: count, "num_experts_per_tok": own["expert_used_count"]}
     if name in ("qwen2moe", "qwen3moe"):
         settings |= {"moe_intermediate_size": own["expert_feed_forward_length"], "norm_topk_prob": among_chosen}
     if name == "qwen2moe":

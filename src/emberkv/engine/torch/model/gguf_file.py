@@ -1,9 +1,9 @@
 """A GGUF file as a source of a model: its config, its tokenizer and its tensors, which stay quantised."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,7 @@ class GGUFSource:
 
     @property
     def held(self) -> str | None:
-        kinds = {each.tensor_type for each in self._tensors.values()} - set(_PLAIN)
-        bits = sorted({BLOCK_TYPES[kind].bits for kind in kinds})
+        bits = sorted({_bits(tensors) for tensors in self._quantised.values()})
         return f"{' and '.join(map(str, bits))} bits, value by value" if bits else None
 
     @cached_property
@@ -120,21 +119,23 @@ class GGUFSource:
                     f"metadata makes it {list(wanted)}"
                 )
 
+    @cached_property
+    def _quantised(self) -> dict[str, list[gguf.ReaderTensor]]:
+        """The tensors that make up each parameter that stays quantised: of a stack of experts, all or none do."""
+        tensors: dict[str, list[gguf.ReaderTensor]] = {}
+        for name, parameter in self._names.items():
+            if name in self._tensors:
+                part = expert_part(parameter)
+                whole = parameter if part is None else part.parameter
+                tensors.setdefault(whole, []).append(self._tensors[name])
+        return {name: each for name, each in tensors.items() if all(one.tensor_type in BLOCK_TYPES for one in each)}
+
     def num_bytes(self, shape: ModelShape, dtype: torch.dtype, *, packed: bool = False) -> int:
         held: dict[str, int] = {}
-        for name, tensor in self._tensors.items():
-            if tensor.tensor_type in BLOCK_TYPES and name in self._names:
-                kind = BLOCK_TYPES[tensor.tensor_type]
-                in_features, *others = map(int, tensor.shape)
-                size = partial(
-                    affine_bytes, prod(others), in_features,
-                    bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets,
-                )  # fmt: skip
-                part = expert_part(self._names[name])
-                parameter = self._names[name] if part is None else part.parameter
-                held[parameter] = held.get(parameter, 0) + size(packed=packed and shape.is_product(parameter))
-                if packed and shape.output is not None and shape.is_tied_embedding(parameter):
-                    held[shape.output] = size(packed=True)
+        for parameter, tensors in self._quantised.items():
+            held[parameter] = _num_bytes(tensors, packed=packed and shape.is_product(parameter))
+            if packed and shape.output is not None and shape.is_tied_embedding(parameter):
+                held[shape.output] = _num_bytes(tensors, packed=True)
         return shape.num_bytes(dtype, held, packed=packed)
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -215,6 +216,21 @@ def _each_expert(name: str, tensor: gguf.ReaderTensor) -> Iterator[NamedWeight]:
             yield expert_name(name, number), StoredWeight(read_blocks(rows, tensor.tensor_type))
         else:
             yield expert_name(name, number), torch.from_numpy(gguf.dequantize(rows, tensor.tensor_type).copy())
+
+
+def _bits(tensors: Sequence[gguf.ReaderTensor]) -> int:
+    """In which the codes of a parameter are held that these make up."""
+    return max(BLOCK_TYPES[each.tensor_type].bits for each in tensors)
+
+
+def _num_bytes(tensors: Sequence[gguf.ReaderTensor], *, packed: bool) -> int:
+    """Of a parameter that these make up: in the form that holds them all (see `QuantizedWeight.above`)."""
+    kinds = [BLOCK_TYPES[each.tensor_type] for each in tensors]
+    return affine_bytes(
+        sum(prod(map(int, each.shape[1:])) for each in tensors), int(tensors[0].shape[0]),
+        bits=_bits(tensors), group=gcd(*(kind.group for kind in kinds)),
+        has_offsets=any(kind.has_offsets for kind in kinds), packed=packed,
+    )  # fmt: skip
 
 
 def _is_read(kind: Kind) -> bool:
