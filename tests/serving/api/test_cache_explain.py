@@ -210,14 +210,18 @@ def test_the_operator_hears_who_else_has_it() -> None:
     assert server.explain(ADMIN, tenant=ann, **text("y" * 50))["elsewhere"] == []
 
 
-def test_the_operator_hears_who_has_the_beginning_of_a_prompt_that_fills_no_block() -> None:
+@pytest.mark.parametrize("length", [2, 4, 21])
+def test_the_operator_hears_who_has_the_beginning_of_a_prompts_first_block(length: int) -> None:
+    """Whether or not the prompt fills that block, of four tokens."""
     server = two_tenants(CoreEngine(checkpoints=True))
     for prompt, headers in (("a", ANN), ("b", BOB)):
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
         assert server.client.post("/v1/completions", body, headers=headers).status_code == 200
     ann, bob = (request.tenant for request in server.core.submitted)
-    assert server.explain(ADMIN, tenant=bob, **text("a!"))["elsewhere"] == [{"tenant": ann, "tokens": 2}]
-    assert server.explain(ADMIN, tenant=bob, **text("c!"))["elsewhere"] == []
+    assert server.explain(ADMIN, tenant=bob, **text("a".ljust(length, "!")))["elsewhere"] == [
+        {"tenant": ann, "tokens": 2}
+    ]
+    assert server.explain(ADMIN, tenant=bob, **text("c".ljust(length, "!")))["elsewhere"] == []
 
 
 def test_another_tenants_response_is_as_unknown_as_none() -> None:

@@ -246,8 +246,8 @@ class CacheService:
         return Explained(explanation, elsewhere=elsewhere)
 
     async def _holders(self, chain: TokenChain, tokens: Sequence[int], others: Sequence[Tenant]) -> list[Tenant]:
-        """Which of the others may have more of a prompt than what is public: those that have its first private block
-        or, of a prompt that does not fill it, any block in its place.
+        """Which of the others may have more of a prompt than what is public: those that have its first private block,
+        also in a tier below, or in the pool any block in its place, which may begin like it.
         """
         count = len(chain.block_hashes)
         first = next((index for index in range(count) if chain.owner(index) != PUBLIC_OWNER), count)
@@ -257,10 +257,12 @@ class CacheService:
 
         def hash_all() -> list[BlockHash]:
             theirs = [self.chain(beginning, other) for other in others]
-            return [each.block_hashes[first] if first < count else each.parent(first) for each in theirs]
+            blocks = [each.block_hashes[first] for each in theirs if first < count]
+            return [*(each.parent(first) for each in theirs), *blocks]
 
         held = await self._ask(FindCached(await asyncio.to_thread(hash_all)))
-        return [other for other, holds in zip(others, held, strict=True) if holds]
+        follow, whole = held[: len(others)], held[len(others) :] or [False] * len(others)
+        return [other for other, *holds in zip(others, follow, whole, strict=True) if any(holds)]
 
     async def prefixes(self, by: str, limit: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         """by: "largest" or "hottest"."""
