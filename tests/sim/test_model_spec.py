@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
+from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.errors import ConfigError, UnsupportedModelError
 from emberkv.sim.model_spec import load_spec, model_names, spec_from_config
+from tests.architectures import ALSO_SUPPORTED, SUPPORTED, model_type
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -148,14 +152,53 @@ def test_a_model_for_text_and_images_is_its_text_part() -> None:
     [
         ({"kv_lora_rank": 512}, "kv_lora_rank"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ({"global_head_dim": 512, "num_global_key_value_heads": 2}, r"global_head_dim, num_global_key_value_heads\)"),
+        ({"global_head_dim": 512, "num_global_key_value_heads": 1}, r"global_head_dim, num_global_key_value_heads\)"),
         ({"num_kv_shared_layers": 3}, r"than keys \(num_kv_shared_layers\), .* emberkv size read"),
         ({"v_head_dim": 128}, "v_head_dim"),
+        ({"swa_num_key_value_heads": 4}, "swa_num_key_value_heads"),
+        ({"num_attention_heads_per_layer": [4, 8]}, "num_attention_heads_per_layer"),
     ],
 )
 def test_a_model_with_other_state_or_layers_that_differ_is_refused(more: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         spec_from_config(SMALL | more, "small")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"v_head_dim": 2},
+        {"head_dim": 16, "global_head_dim": 16, "v_head_dim": 16},
+        {"num_attention_heads_per_layer": [4, 4], "swa_num_key_value_heads": 2},
+    ],
+)
+def test_keys_that_repeat_what_all_layers_have_are_no_difference(more: dict[str, Any]) -> None:
+    head_dim = more.get("head_dim", 2)
+    assert spec_from_config(SMALL | more, "small").kv_bytes_per_layer == 2 * 2 * head_dim * 2
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED | ALSO_SUPPORTED))
+def test_a_spec_has_the_key_and_value_bytes_that_the_engine_keeps(name: str) -> None:
+    """Of those of the engine's architectures that have a spec."""
+    config = AutoConfig.for_model(model_type(name), **(SUPPORTED | ALSO_SUPPORTED)[name], dtype="bfloat16")
+    try:
+        spec = spec_from_config(config.to_dict(), name)
+    except (ConfigError, UnsupportedModelError):
+        return
+    assert spec.kv_bytes_per_token == inspect_geometry(config).bytes_per_token(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("more", "kv_heads"),
+    [
+        ({"num_kv_heads": 71, "multi_query": True, "new_decoder_architecture": False}, 1),  # Falcon 7B
+        ({"num_kv_heads": 8, "new_decoder_architecture": True}, 8),  # Falcon 40B
+        ({"num_kv_heads": 8, "multi_query": False}, 4),
+        ({}, 1),
+    ],
+)
+def test_falcon_names_its_heads_otherwise(more: dict[str, Any], kv_heads: int) -> None:
+    assert spec_from_config(SMALL | {"model_type": "falcon"} | more, "falcon").kv_heads == kv_heads
 
 
 @pytest.mark.parametrize(

@@ -165,13 +165,19 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _OTHER_STATE = ("kv_lora_rank", "linear_num_key_heads", "ssm_state_size", "mamba_d_state", "cross_attention_layers")
 """Keys of models whose cache is not keys and values of every token and head."""
 
-_HEADS_DIFFER = (
-    "global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_attention_heads_per_layer",
-    "num_kv_shared_layers", "v_head_dim",
+_OTHER_SHAPES = (
+    "global_head_dim", "num_global_key_value_heads", "swa_num_key_value_heads", "swa_head_dim", "v_head_dim",
+    "swa_v_head_dim", "num_attention_heads_per_layer", "per_layer_config", "num_kv_shared_layers",
 )  # fmt: skip
-"""Keys of models whose layers differ in heads or share keys and values (Gemma 3n and 4), or whose values are of another
-size than keys (MiMo-V2-Flash).
+"""Keys that give some layers another number or size of heads than the others have, values another size than keys, or
+layers keys and values in common.
 """
+_SAME_AS = {
+    "global_head_dim": "head_dim", "swa_head_dim": "head_dim", "v_head_dim": "head_dim", "swa_v_head_dim": "head_dim",
+    "num_global_key_value_heads": "num_key_value_heads", "swa_num_key_value_heads": "num_key_value_heads",
+    "num_attention_heads_per_layer": "num_attention_heads",
+}  # fmt: skip
+"""The key whose value each of these repeats in a model whose layers are alike."""
 
 DEMO_NAME = "emberkv-demo"
 
@@ -190,7 +196,7 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         raise UnsupportedModelError(
             f"{name} keeps other state than per-token keys and values ({', '.join([*others, *sorted(kinds)])})"
         )
-    differing = [key for key in _HEADS_DIFFER if found.get(key)]
+    differing = [key for key in _OTHER_SHAPES if _differs(found, key)]
     if differing:
         raise UnsupportedModelError(
             f"{name} has layers that differ in heads or share keys and values, or values of another size than keys "
@@ -198,6 +204,17 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
             "such a model's folder with its weights"
         )
     return _read(_Fields(name, found))
+
+
+def _differs(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the value of a key in `_OTHER_SHAPES` makes a difference."""
+    value = config.get(key)
+    if not value:
+        return False
+    usual = config.get(_SAME_AS.get(key, ""))
+    if usual is None and _SAME_AS.get(key) == "head_dim" and config.get("num_attention_heads"):
+        usual = config.get("hidden_size", 0) // config["num_attention_heads"]
+    return any(each != usual for each in (value if isinstance(value, list) else [value]))
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -273,7 +290,7 @@ def _read(fields: _Fields) -> ModelSpec:
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.number("num_key_value_heads", default=heads),
+        kv_heads=_kv_heads(fields, kind, heads),
         head_dim=fields.number("head_dim", default=hidden // max(1, heads)),
         intermediate=fields.number("intermediate_size", default=0),
         vocab=fields.number("vocab_size"),
@@ -290,6 +307,21 @@ def _read(fields: _Fields) -> ModelSpec:
         **_mixture(fields, layers),
         **_windows(fields, layers),
     )
+
+
+_NO_SHARED_HEADS = frozenset({"biogpt", "gpt_neox", "gpt_neox_japanese", "modernbert-decoder", "opt", "persimmon"})
+"""Types of models that have as many heads of keys as of queries, whatever else their configs hold."""
+
+
+def _kv_heads(fields: _Fields, kind: str, heads: int) -> int:
+    """Falcon's configs have ``num_kv_heads``, which counts in its newer decoder alone."""
+    if kind in _NO_SHARED_HEADS:
+        return heads
+    if kind != "falcon":
+        return fields.number("num_key_value_heads", default=heads)
+    if fields.flag("new_decoder_architecture"):
+        return fields.number("num_kv_heads", default=heads)
+    return 1 if fields.flag("multi_query", default=True) else heads
 
 
 def _mixture(fields: _Fields, layers: int) -> dict[str, int]:
