@@ -35,7 +35,7 @@ def _features(shape: ModelShape) -> list[str]:
         "sliding windows": any(layer.window and not layer.window.chunked for layer in layers),
         "chunked attention": any(layer.window and layer.window.chunked for layer in layers),
         "layers that share KV": any(layer.shares is not None for layer in layers),
-        "layers of other heads": shape.geometry.heads_differ,
+        "per-layer head counts or sizes": shape.geometry.heads_differ,
         "soft caps": any(layer.softcap for layer in layers),
         "ALiBi": any(layer.alibi for layer in layers),
         "sinks": any(layer.sinks for layer in layers),

@@ -46,7 +46,8 @@ class Phase(Enum):
 class ModelDims:
     """A model's size: attention layers, heads of queries and of keys, elements a head, and bytes of its weights.
 
-    Heads are those of the first layer, where layers differ in them.
+    Heads are those of the first layer, where layers differ in them. Where K and V differ in head size, it is the
+    larger one, to which the pool pads the other.
     """
 
     layers: int = 0

@@ -37,7 +37,7 @@ class KVPool:
     KV layers are those with keys and values of their own; ``kv_layers`` says which of them each of the model's layers
     with attention attends over, and ``shapes`` the heads of each. Layers may differ in their heads.
 
-    blocks: all of each block, ``[blocks, values]``: its keys and values, and behind them, filled up with zeros, the
+    blocks: all of each block, ``[blocks, elements]``: its keys and values, and behind them, padded with zeros, the
     state that layers have after the last token that was computed into it. The following are views of that. storage:
     all keys and values. keys_and_values: those of each KV layer, ``[blocks, 2, block_size, kv_heads, head_dim]``.
     matrices and convolved: the states, by the layer's number in the model: fp32 ``[blocks, heads, depth, width]``, and

@@ -257,7 +257,7 @@ def _paged_attention(
 
 
 def _rows(heads: Tensor, width: int) -> Tensor:
-    """``[1, heads, tokens, dim]`` as ``[tokens, heads, width]``, filled up with zeros, which add nothing to scores."""
+    """``[1, heads, tokens, dim]`` as ``[tokens, heads, width]``, padded with zeros, which add nothing to scores."""
     rows = heads.squeeze(0).transpose(0, 1)
     return pad(rows, (0, width - rows.shape[-1])) if rows.shape[-1] < width else rows
 

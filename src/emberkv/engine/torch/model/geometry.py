@@ -38,8 +38,8 @@ KV_SCALE_BYTES = 2
 class HeadShape(NamedTuple):
     """Of a layer's attention. heads: of its queries. kv_heads: of its keys, and of its values.
 
-    dim: values of each head; where keys and values differ in that, the larger number, to which the others are filled up
-    with zeros.
+    dim: the head size, in elements. Where those of K and V differ, the larger one, to which the other is padded with
+    zeros.
     """
 
     heads: int
@@ -48,7 +48,7 @@ class HeadShape(NamedTuple):
 
 
 def key_bytes(shape: HeadShape, kv_dtype: torch.dtype) -> int:
-    """Bytes of one token's keys, or values, in a layer: its heads' values, and in int8 a scale for each head."""
+    """Bytes of one token's keys, or values, in a layer: its heads' elements, and in int8 a scale for each head."""
     return shape.kv_heads * (shape.dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0))
 
 
@@ -134,7 +134,7 @@ class ModelGeometry:
 
     @property
     def heads_differ(self) -> bool:
-        """Whether some layers have other heads than the rest."""
+        """Whether layers differ in head count or head size."""
         return len(set(self.head_shapes())) > 1
 
     def odd_head_dim(self) -> int | None:
