@@ -155,6 +155,7 @@ def test_a_model_for_text_and_images_is_its_text_part() -> None:
         ({"global_head_dim": 512, "num_global_key_value_heads": 1}, r"global_head_dim, num_global_key_value_heads\)"),
         ({"num_kv_shared_layers": 3}, r"than keys \(num_kv_shared_layers\), .* emberkv size read"),
         ({"v_head_dim": 128}, "v_head_dim"),
+        ({"v_head_dim": 2, "num_attention_heads": "many"}, "v_head_dim"),
         ({"swa_num_key_value_heads": 4}, "swa_num_key_value_heads"),
         ({"num_attention_heads_per_layer": [4, 8]}, "num_attention_heads_per_layer"),
     ],

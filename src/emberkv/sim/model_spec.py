@@ -212,8 +212,9 @@ def _differs(config: Mapping[str, Any], key: str) -> bool:
     if not value:
         return False
     usual = config.get(_SAME_AS.get(key, ""))
-    if usual is None and _SAME_AS.get(key) == "head_dim" and config.get("num_attention_heads"):
-        usual = config.get("hidden_size", 0) // config["num_attention_heads"]
+    if usual is None and _SAME_AS.get(key) == "head_dim":
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        usual = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
     return any(each != usual for each in (value if isinstance(value, list) else [value]))
 
 
