@@ -1,4 +1,4 @@
-"""Hybrids: how many prompt tokens are computed, by where checkpoints are left and how many blocks the pool has.
+"""Hybrids: how many prompt tokens are computed, and in how many steps, by where checkpoints are left.
 
     python -m benchmarks.checkpoints [--seed 1]
 
@@ -6,7 +6,8 @@ Blocks of 64 tokens; a checkpoint saves at least 8. Twelve conversations at a ti
 in the pool at once: conversations behind four system prompts, such where one answer in five is asked for twice, or
 one question in five is then asked in other words, such of a template that drops thoughts, such with a system prompt
 each, single questions behind four system prompts, and agents of many turns behind two. Every prompt is computed in
-the real scheduler over the real pool, without a model, so that the counts are the same on every machine.
+the real scheduler over the real pool, without a model, so that the counts are the same on every machine. The last two
+columns are means a request, in the order of the four columns before them.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Traffic:
 class Asked:
     prompt: list[int]
     answer: list[int]
-    borders: tuple[int, ...]
+    hints: tuple[int, ...]
 
 
 @dataclass
@@ -68,7 +69,7 @@ TRAFFIC = (
     Traffic("single questions", 100, 0.1, 4),
     Traffic("agents", 15, 10, 2),
 )
-PLACES = ("nowhere within a prompt", "where prompts parted", "and at the end", "and at borders")
+PLACES = ("nowhere within a prompt", "where prompts parted", "and at the end", "and at hints")
 
 
 def requests(traffic: Traffic, rng: Random) -> Iterator[Asked]:
@@ -88,30 +89,40 @@ def requests(traffic: Traffic, rng: Random) -> Iterator[Asked]:
         asked = one.history + text(1, 50)
         prompt = asked + GENERATION_PROMPT
         kept = len(asked) + 1
-        borders = (one.system_tokens, kept) if traffic.drops_thoughts else (one.system_tokens,)
+        hints = (one.system_tokens, kept) if traffic.drops_thoughts else (one.system_tokens,)
         for _ in range(1 + (rng.random() < traffic.again)):
             thoughts = text(6, 75) if traffic.drops_thoughts else []
             said = text(1, 50)
-            yield Asked(prompt, thoughts + said, borders)
+            yield Asked(prompt, thoughts + said, hints)
         if rng.random() < traffic.edits:
             prompt = one.history + text(1, 50) + GENERATION_PROMPT
-            yield Asked(prompt, said, borders)
+            yield Asked(prompt, said, hints)
         one.history = prompt[: kept if traffic.drops_thoughts else None] + said
         one.questions_left -= 1
         if not one.questions_left:
             open_now.remove(one)
 
 
-def computed(asked: list[Asked], num_blocks: int, place: str) -> int:
-    """How many prompt tokens are computed of ``asked``, one after the other."""
+@dataclass
+class Counts:
+    """Of one run: prompt tokens computed, steps until first tokens, and copies of blocks."""
+
+    tokens: int = 0
+    steps: int = 0
+    copies: int = 0
+
+
+def counted(asked: list[Asked], num_blocks: int, place: str) -> Counts:
+    """Serves ``asked``, one after the other."""
     pool = BlockPool(num_blocks, BLOCK)
     least = sys.maxsize if place == PLACES[0] else LEAST
     cache = PrefixCache(pool, alignment=BLOCK, batch_invariant=True, within_blocks=False, branch_tokens=least)
     scheduler = Scheduler(cache, SchedulerConfig(BLOCK, 4 * BLOCK))
     root = root_hash("checkpoints", BLOCK)
+    counts = Counts()
     for number, each in enumerate(asked):
         end = len(each.prompt) - 1
-        wanted = {PLACES[2]: (end,), PLACES[3]: (*each.borders, end)}.get(place, ())
+        wanted = {PLACES[2]: (end,), PLACES[3]: (*each.hints, end)}.get(place, ())
         chain = TokenChain(root, each.prompt, BLOCK)
         sequence = Sequence(str(number), chain, len(each.answer) + 1, checkpoints=wanted)
         scheduler.add(sequence)
@@ -119,23 +130,30 @@ def computed(asked: list[Asked], num_blocks: int, place: str) -> int:
         while sequence.finish_reason is None:
             plan = scheduler.schedule()
             samples = bool(plan.decodes) or any(chunk.samples for chunk in plan.prefills)
+            counts.steps += bool(plan.prefills)
+            counts.copies += sum(chunk.copy is not None for chunk in plan.prefills)
             scheduler.complete(plan, {sequence.request_id: next(answer)} if samples else {})
-    return pool.stats.prefill_tokens
+    counts.tokens = pool.stats.prefill_tokens
+    return counts
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     seed = parser.parse_args(argv).seed
-    print(f"| traffic | blocks | prompt tokens computed: {PLACES[0]} | {' | '.join(PLACES[1:])} |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(f"| traffic | blocks | prompt tokens computed: {PLACES[0]} | {' | '.join(PLACES[1:])} ", end="")
+    print("| steps until the first token | copies a request |")
+    print("|---|---:|---:|---:|---:|---:|---|---|")
     for traffic in TRAFFIC:
         asked = list(requests(traffic, Random(seed)))
         total = sum(len(each.prompt) for each in asked)
         for num_blocks in POOLS:
-            counts = [computed(asked, num_blocks, place) for place in PLACES]
-            rest = " | ".join(f"{count / counts[0]:.2f}" for count in counts[1:])
-            print(f"| {traffic.name} | {num_blocks} | {counts[0] / total:.1%} | {rest} |", flush=True)
+            counts = [counted(asked, num_blocks, place) for place in PLACES]
+            rest = [f"{each.tokens / counts[0].tokens:.2f}" for each in counts[1:]]
+            rest.append(", ".join(f"{each.steps / len(asked):.2f}" for each in counts))
+            rest.append(", ".join(f"{each.copies / len(asked):.2f}" for each in counts))
+            first = f"{counts[0].tokens / total:.1%}"
+            print(f"| {traffic.name} | {num_blocks} | {first} | {' | '.join(rest)} |", flush=True)
     return 0
 
 

@@ -1,8 +1,6 @@
 """Partial blocks that are copied whole, as where a block has a state after its last token: where they are left, which
 of them a prompt goes on from, and what takes their place."""
 
-from collections.abc import Iterable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.cached_blocks import ChildIndex
-from emberkv.core.checkpoints import Probation, places
+from emberkv.core.checkpoints import checkpoint_positions
 from emberkv.core.hashing import TokenChain, common_tokens, partial_hash, partial_siblings_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.sequence import FinishReason
@@ -299,7 +297,7 @@ def test_a_repeat_goes_on_from_the_end_of_the_prompts_first_computation() -> Non
     assert [(chunk.start, chunk.stop) for chunk in engine.step().prefills] == [(0, 4), (4, 8), (8, 12), (12, 13)]
     assert [(chunk.start, chunk.stop, chunk.copy is None) for chunk in engine.step().prefills] == [(13, 14, False)]
     engine.finish()
-    assert (first.cached_tokens, engine.pool.stats.prompt_checkpoints) == (0, 1)
+    assert (first.cached_tokens, engine.pool.stats.speculative_checkpoints) == (0, 1)
     assert served(engine, "again", prompt, new=5) == 13
     assert served(engine, "edited", [*prompt, 70, 71]) == 13
     assert served(engine, "next", [*prompt, 1014, 1015, 70]) == 16
@@ -310,14 +308,17 @@ def test_a_prompt_that_differs_behind_a_border_goes_on_from_there() -> None:
     engine = harness()
     engine.add("first", range(22), checkpoints=(13, 21))
     engine.finish()
-    assert engine.pool.stats.prompt_checkpoints == 2
+    assert engine.pool.stats.speculative_checkpoints == 2
     assert served(engine, "other", [*range(13), 70, 71]) == 13
     assert served(engine, "again", [*range(22)]) == 21
 
 
 def test_nothing_is_left_where_a_block_a_hit_or_another_checkpoint_ends_near() -> None:
     size = 16
-    kept = {start: places([3, 7, 12, 16, 19, 20, 40], start, 40, block_size=size, least=4) for start in (0, 5, 17)}
+    kept = {
+        start: checkpoint_positions([3, 7, 12, 16, 19, 20, 40], start, 40, block_size=size, least=4)
+        for start in (0, 5, 17)
+    }
     assert kept == {0: [7, 12, 20], 5: [12, 20], 17: []}
 
 
@@ -325,7 +326,7 @@ def test_a_border_that_is_no_place_within_the_prompt_is_passed_over() -> None:
     engine = harness()
     engine.add("first", range(6), checkpoints=(0, 6, 7, 100))
     engine.finish()
-    assert engine.pool.stats.prompt_checkpoints == 0
+    assert engine.pool.stats.speculative_checkpoints == 0
 
 
 @pytest.mark.parametrize(("size", "least", "takes"), [(8, 7, True), (8, 8, False)])
@@ -335,113 +336,6 @@ def test_blocks_no_larger_than_what_a_checkpoint_saves_take_no_borders(size: int
     lease = shared.acquire(chain(range(30), size), range(30))
     assert bool(lease.checkpoint) == takes
     lease.release()
-
-
-def guess(cache: PrefixCache, tokens: Iterable[int]) -> None:
-    """Computes a prompt that wants a checkpoint before its last token, and nothing behind that."""
-    prompt = chain(tokens, cache.pool.block_size)
-    lease = cache.acquire(prompt, [len(prompt) - 1])
-    lease.extend(len(prompt))
-    if lease.checkpoint is not None:
-        lease.commit_prefilled(lease.checkpoint)
-    lease.commit_prefilled(len(prompt))
-    lease.release()
-    cache.pool.check_integrity([])
-
-
-def test_guesses_take_blank_blocks_and_then_the_place_of_earlier_ones() -> None:
-    """Each prompt takes two blocks and its guess a third."""
-    shared = cache(8)
-    for first in (100, 200):
-        guess(shared, [first, *range(11)])
-    assert shared.pool.stats.prompt_checkpoints == 2
-    assert shared.pool.stats.dropped_checkpoints == 0
-    guess(shared, [300, *range(11)])
-    assert (shared.pool.stats.prompt_checkpoints, shared.pool.stats.dropped_checkpoints) == (3, 1)
-    assert shared.pool.stats.evicted_blocks == 0
-    found = [shared.cached_tokens(chain([first, *range(10), 90], 8)) for first in (100, 200, 300)]
-    assert found == [8, 11, 11]
-
-
-def test_the_end_of_an_answer_stays_for_another_question_as_a_guess() -> None:
-    engine = harness()
-    served(engine, "first", [*range(11)], new=4)
-    said = [*range(11), 1011, 1012, 1013]
-    assert served(engine, "next", [*said, *range(20, 26)]) == 14
-    assert served(engine, "edited", [*said, 70, 71, 72]) == 14
-
-
-def test_where_guesses_have_no_room_the_end_of_an_answer_is_forgotten() -> None:
-    shared = cache(6)
-    guess(shared, range(12))
-    left(shared, chain(range(100, 112), 8))
-    computed(shared, chain(range(100, 116), 8)).release()
-    assert shared.pool.num_cached == 3
-    assert shared.cached_tokens(chain([*range(100, 112), 80], 8)) == 8
-
-
-def test_a_guess_that_two_prompts_went_on_from_makes_room_for_no_other() -> None:
-    shared = cache(8)
-    guess(shared, range(12))
-    for _ in range(2):
-        assert hit(shared, chain(range(12), 8)) == 11
-    for first in (100, 200):
-        guess(shared, [first, *range(11)])
-    assert shared.pool.stats.dropped_checkpoints == 1
-    assert shared.cached_tokens(chain([*range(11), 90], 8)) == 11
-    assert shared.cached_tokens(chain([100, *range(10), 90], 8)) == 8
-
-
-def test_guesses_of_another_owner_stay() -> None:
-    shared = cache(8)
-    for owner in ("ann", "bob"):
-        prompt = TokenChain(root(8), range(12), 8, owner=owner, salt=owner.encode())
-        lease = shared.acquire(prompt, [11])
-        lease.extend(12)
-        lease.commit_prefilled(11)
-        lease.commit_prefilled(12)
-        lease.release()
-    assert shared.pool.stats.prompt_checkpoints == 2
-    for first in (100, 200, 300, 400):
-        left(shared, chain([first, *range(6)], 8))
-    shared.pool.check_integrity([])
-    assert shared.pool.stats.dropped_checkpoints == 0
-    eve = shared.acquire(TokenChain(root(8), range(14), 8, owner="eve", salt=b"eve"), [13])
-    assert (eve.checkpoint, eve.cut(8, 14, has_room=True), eve.checkpoint) == (13, 14, None)
-    eve.release()
-
-
-def checkpoint_of(count: int, number: int) -> Block:
-    return Block(number, block_hash=bytes([number]), num_tokens=count, partial=True, branch=True)
-
-
-def test_a_guess_that_is_gone_on_from_raises_the_limit_by_what_it_saves_and_a_block_missed_lowers_it() -> None:
-    probation = Probation(64, 8)
-    assert probation.limit == 2
-    first, second = checkpoint_of(4, 1), checkpoint_of(6, 2)
-    probation.add(first)
-    probation.add(second)
-    probation.used(first)
-    assert probation.limit == 2.5
-    probation.evicted([b"a", b"b", b"c"])
-    probation.missing([b"a", b"b", b"c", b"x"], 0)  # "a" would be gone without the two checkpoints as well
-    assert probation.limit == 2.5
-    probation.missing([b"a", b"b", b"c", b"x"], 1)
-    assert probation.limit == 1
-    probation.missing([b"a", b"b", b"c", b"x"], 1)  # counted once
-    probation.used(first)
-    assert (probation.limit, len(probation)) == (1.5, 1)
-    for _ in range(100):
-        probation.add(first)
-        probation.used(first)
-    assert probation.limit == 16
-
-
-def test_without_guesses_nothing_that_is_evicted_counts() -> None:
-    probation = Probation(64, 8)
-    probation.evicted([b"a"])
-    probation.missing([b"a"], 0)
-    assert probation.limit == 2
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=12), st.integers(2, 6))

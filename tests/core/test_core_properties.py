@@ -24,7 +24,10 @@ from tests.core.harness import Harness, random_token
 from tests.core.lower import FakeTiers
 from tests.core.mirror import Mirror
 
-REACHED = ("branch_checkpoints", "prompt_checkpoints", "checkpoint_hits", "dropped_checkpoints", "loaded_blocks")
+REACHED = (
+    "branch_checkpoints", "speculative_checkpoints", "speculative_used", "speculative_unused", "checkpoint_hits",
+    "loaded_blocks",
+)  # fmt: skip
 """Counters of `CacheStats` without which a run of all operations shows too little."""
 LEAST = 20
 
@@ -72,8 +75,8 @@ class CoreMachine(RuleBasedStateMachine):
         max_running: int,
         seed: int,
     ) -> None:
-        self.random = Random(seed)
         """is_hybrid: hits end at blocks, which are larger, and at checkpoints, which few of the other flags lead to."""
+        self.random = Random(seed)
         self.tiers = FakeTiers()
         if is_hybrid:
             block_size, units, flags = 4 * block_size, (1, units[1]), (flags[0], True, True, False)

@@ -45,7 +45,7 @@ def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:
         decode_tokens=33,
         masks_ready=20,
         masks_waited=2,
-        checkpoints={"left_as_guess": 5, "used": 6},
+        checkpoints={"left_speculatively": 5, "hits": 6},
     )
     expected = {
         "emberkv_requests_running": 3,
@@ -62,8 +62,8 @@ def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:
         "emberkv_decode_tokens_total": 33,
         "emberkv_constraint_masks_total ready": 20,
         "emberkv_constraint_masks_total waited_for": 2,
-        "emberkv_checkpoints_total left_as_guess": 5,
-        "emberkv_checkpoints_total used": 6,
+        "emberkv_checkpoints_total left_speculatively": 5,
+        "emberkv_checkpoints_total hits": 6,
     }
     found = samples(client)
     assert {name: found[name] for name in expected} == expected

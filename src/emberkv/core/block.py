@@ -28,8 +28,8 @@ class Block:
     or partial chunks computed, and for everything computed on top of such KV.
     num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the
     end of what a finished sequence computed. Only `BlockPool.longest_child` finds a partial block.
-    branch: a partial block that was left within a prompt for others to go on from; a longer one does not replace it.
-    uses: how many sequences have gone on from it while it was on `Probation`.
+    keep_when_extended: a partial block that a longer one does not replace: one that was left within a prompt, or stays
+    behind an answer from which the next turn went on.
     retained: a partial block that is evicted last, as a warm prompt's end is; nor does a longer one take its place.
     previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
@@ -45,8 +45,7 @@ class Block:
     exact: bool = False
     num_tokens: int = 0
     partial: bool = False
-    branch: bool = False
-    uses: int = 0
+    keep_when_extended: bool = False
     retained: bool = False
     previous: BlockHash = b""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from emberkv.core.block import Block, BlockState, Match
 from emberkv.core.cached_blocks import BlockCost, CachedBlocks, uniform_cost
-from emberkv.core.checkpoints import Probation
+from emberkv.core.checkpoints import CheckpointKind, Speculation
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.policies.eviction import LRU, EvictionPolicy
@@ -49,11 +49,11 @@ class BlockPool:
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
         self.policy: EvictionPolicy[BlockHash] = policy if policy is not None else LRU()
-        self._probation = Probation(num_blocks, block_size)
+        self._speculation = Speculation(num_blocks, block_size, self.stats, self._num_owned)
         self._cached = CachedBlocks(
-            self.policy, block_cost, self.events, self.stats, journal=journal, probation=self._probation
+            self.policy, block_cost, self.events, self.stats, journal=journal, speculation=self._speculation
         )
-        self._least_guess = 0
+        self._least_speculative = 0
         self._blocks: list[Block] = []  # by block id, those that have been made
         self._blank: list[Block] = []  # of these, the free ones that hold nothing
 
@@ -105,14 +105,14 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
-    def index_children(self, *, copied_whole: bool = False, least_guess: int = 0) -> None:
+    def index_children(self, *, copied_whole: bool = False, least_speculative: int = 0) -> None:
         """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent.
 
         copied_whole: a sequence goes on from a block only behind the last token that the block holds, not from its
-        beginning. So a partial block stays useful beside a longer one that begins with it. least_guess: the fewest
-        tokens with which it does; 0: it never does.
+        beginning. So a partial block stays useful beside a longer one that begins with it. least_speculative: the
+        fewest tokens with which it does; 0: it never does.
         """
-        self._least_guess = least_guess if copied_whole else 0
+        self._least_speculative = least_speculative if copied_whole else 0
         self._cached.index_children(copied_whole=copied_whole)
 
     def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
@@ -152,66 +152,97 @@ class BlockPool:
         known = find(chain, start, start + count)
         return known[0] if known is not None and known[1] == count and known[0].exact else None
 
-    def commit_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool = False) -> bool:
+    def commit_partial(
+        self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None = None
+    ) -> bool:
         """Make block ``position`` of ``chain`` visible with its first ``count`` tokens, which are computed and exact.
 
         The caller is about to free it and writes to it no more. Nothing happens, and False is returned, if a sequence
         can go on behind these tokens from a cached block; a partial block that they go on from is forgotten, unless it
-        is a branch. branch: see `Block`. Needs `index_children`.
+        is to be kept. kind: why it is kept itself when it is extended; None: it is not. Needs `index_children`.
         """
-        if block.state is not BlockState.ALLOCATED:
-            raise IntegrityError(
-                f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
-            )
+        _require_allocated(block)
         if self.known_partial(chain, position, count) is not None:
             return False
         start = position * self.block_size
-        self._supersede(chain, start, start + count)
+        shorter = self._cached.partial_prefix(chain, start, start + count)
         block.state = BlockState.COMMITTED
-        self._cached.enter_partial(block, chain, position, count, branch=branch)
+        self._cached.enter_partial(block, chain, position, count, keep=kind is not None)
+        if kind is not None and kind is not CheckpointKind.BRANCH:
+            self._speculation.add(block, kind)
+        if shorter is not None:
+            self._supersede(shorter)  # only now that the block itself counts to the limit
         return True
 
-    def has_room_for_guess(self, owner: str) -> bool:
-        """Whether a block is there for one more checkpoint of ``owner`` on `Probation`: a blank one, one within its
-        limit, or the place of the owner's oldest one.
-        """
-        return self._may_guess or self._probation.oldest(owner) is not None
+    def keep_partial(self, block: Block, kind: CheckpointKind) -> None:
+        """A sequence would leave a checkpoint behind the last token of a cached partial block; see `commit_partial`."""
+        if kind is CheckpointKind.BRANCH:
+            self._speculation.confirm(block)
+            block.keep_when_extended = True
+        elif not block.keep_when_extended and not block.retained and self._has_place(block.owner):
+            block.keep_when_extended = True
+            self._speculation.add(block, kind)
 
-    def make_room_for_guess(self, owner: str) -> bool:
-        """As `has_room_for_guess`; the oldest one, if it has to, makes room."""
-        return self._may_guess or self._drop_checkpoint(owner)
+    def is_worth_a_checkpoint(self, owner: str, kind: CheckpointKind) -> bool:
+        """Whether a prompt of ``owner`` is to leave a checkpoint of that kind, at the price of a step and a copy."""
+        if kind is CheckpointKind.BRANCH:
+            return True
+        owners, has_blank = self._speculation.of(owner), self._has_blank_for(owner)
+        return owners.is_worth_trying(kind, has_blank=has_blank) and (self._has_place(owner) or bool(owners.oldest()))
 
-    @property
-    def _may_guess(self) -> bool:
-        return self.num_free > len(self.policy) or not self._probation.is_full
+    def make_room_for_speculative(self, owner: str) -> bool:
+        """Whether ``owner`` may have one more speculative checkpoint; without a place, its oldest one makes room."""
+        return self._has_place(owner) or self._drop_speculative(owner)
 
-    def _drop_checkpoint(self, owner: str) -> bool:
-        """Forget the oldest one of ``owner`` on `Probation`, if there is one that may go."""
-        oldest = self._probation.oldest(owner)
-        if oldest is not None:
-            self.stats.dropped_checkpoints += 1
+    def _has_place(self, owner: str) -> bool:
+        """Whether a blank block is there for a speculative checkpoint of ``owner``, or its limit allows one more."""
+        return self._has_blank_for(owner) or not self._speculation.of(owner).is_full
+
+    def _has_blank_for(self, owner: str) -> bool:
+        """Whether a block holds nothing that ``owner`` may have and keep."""
+        return self.num_free > len(self.policy) and self.policy.headroom(owner) >= self._cached.block_cost(0).size
+
+    def _num_owned(self, owner: str) -> float:
+        owned = self.policy.bytes_of(owner)
+        return len(self._cached.index) if owned is None else owned / self._cached.block_cost(0).size
+
+    def _drop_speculative(self, owner: str) -> bool:
+        """Forget the oldest speculative checkpoint of ``owner``, if there is one that may go."""
+        if (oldest := self._speculation.of(owner).oldest()) is not None:
             self._withdraw(oldest)
         return oldest is not None
 
-    def put_on_probation(self, block: Block) -> None:
-        """A cached checkpoint is a guess."""
-        self._probation.add(block)
+    def _evict_surplus(self) -> None:
+        """What quotas forbid to keep becomes blank: an owner's speculative checkpoints beyond its limit first."""
+        for owner in list(self.policy.over_quota()):
+            while owner in self.policy.over_quota() and self._speculation.of(owner).is_too_large:
+                if not self._drop_speculative(owner):
+                    break
+        self._blank += self._cached.evict_surplus()
 
     def note_missing(self, chain: Chain, position: int) -> None:
         """A sequence computes block ``position`` of ``chain``, since that is not cached."""
-        self._probation.missing(chain.block_hashes, position)
+        self._speculation.missing(chain.block_hashes, position)
 
-    def note_use(self, block: Block) -> None:
-        """A sequence goes on from this partial block, or from the beginning of a block."""
-        if self._cached.copied_whole:
-            self.stats.checkpoint_hits += 1
-            self._probation.used(block)
+    def note_use(self, block: Block, tokens: int) -> None:
+        """A sequence has gone on from this partial block, which is copied whole. tokens: how many that saves."""
+        self.stats.checkpoint_hits += 1
+        self._speculation.used(block, tokens)
+
+    def saved_by(self, chain: Chain, position: int, count: int) -> int:
+        """How many of the first ``count`` tokens of block ``position`` of ``chain`` only the checkpoint behind them
+        saves: those behind the longest shorter one. Needs `index_children`.
+        """
+        first = position * self.block_size
+        shorter = self._cached.longest_checkpoint(chain, first, first + count - 1)
+        return count if shorter is None else count - shorter[1]
 
     def retain(self, block_hashes: Iterable[BlockHash], until: float) -> int:
         """As `EvictionPolicy.retain`. A longer partial block does not take the place of one among them, either."""
         wanted = list(block_hashes)
         for block in self._partial_among(wanted):
             block.retained = True
+            self._speculation.confirm(block)  # not to make room for others
         return self.policy.retain(wanted, until)
 
     def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
@@ -252,8 +283,9 @@ class BlockPool:
         short = count - len(self._blank)
         if short > 0 and len(self._blocks) < self.num_blocks:
             short -= self._make(min(short, self.num_blocks - len(self._blocks)))
-        while short > 0 and self._probation.is_too_large and self._drop_checkpoint(owner):
-            short -= 1
+        if short > 0 and (speculative := self._speculation.known(owner)) is not None:
+            while short > 0 and speculative.is_too_large and self._drop_speculative(owner):
+                short -= 1
         if short > 0:
             self._blank += self._cached.evict(short, owner)
         first = len(self._blank) - count
@@ -272,10 +304,7 @@ class BlockPool:
         If the block hash is known already, the known block is kept and ours freed, unless ours is exact and the known
         one is not: then ours takes the place. If the known one has other tokens, ours stays private.
         """
-        if block.state is not BlockState.ALLOCATED:
-            raise IntegrityError(
-                f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
-            )
+        _require_allocated(block)
         published = self._publish(block, chain, position, exact)
         if self._cached.keeps_journal:
             self._cached.record_committed(block)
@@ -296,12 +325,12 @@ class BlockPool:
             return 0
         if exact and cached.children is not None:
             for position in range(start, end):
-                self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
+                self._supersede_before(chain, position)
         blocks = table[start:end]
         for block in blocks:
             block.state = committed
         cached.enter(blocks, chain, start, exact=exact)
-        self._blank += cached.evict_surplus()
+        self._evict_surplus()
         if cached.keeps_journal:
             for block in blocks:
                 cached.record_committed(block)
@@ -321,11 +350,10 @@ class BlockPool:
             self.stats.replaced_blocks += 1
             self._withdraw(known)
         if exact and self._cached.children is not None:
-            self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
+            self._supersede_before(chain, position)
         block.state = BlockState.COMMITTED
         self._cached.enter([block], chain, position, exact=exact, in_place=known is not None)
-        if surplus := self._cached.evict_surplus():
-            self._blank += surplus
+        self._evict_surplus()
         return block
 
     def free(self, blocks: Sequence[Block]) -> None:
@@ -347,7 +375,7 @@ class BlockPool:
                 else:
                     released.append(block_hash)
         self.policy.release(released)
-        self._blank += self._cached.evict_surplus()
+        self._evict_surplus()
 
     def reserve_for_load(self, count: int, owner: str = "") -> list[Block]:
         """``count`` blocks whose content a lower tier will bring. Raises NoFreeBlocksError as `allocate` does."""
@@ -391,7 +419,9 @@ class BlockPool:
         The partial blocks behind them go as well, and those beside them, which may begin with the same tokens. Where a
         block is not cached any more, the latter are named by a `partial_siblings_hash`.
         """
-        blocks = self._cached.among(block_hashes)
+        wanted = list(block_hashes)
+        self._speculation.forget_evicted(wanted)
+        blocks = self._cached.among(wanted)
         gone = tuple(block.block_hash for block in blocks if block.block_hash is not None and not block.partial)
         if gone:
             self.events.append(BlockRemoved(gone, evicted=False))
@@ -403,6 +433,7 @@ class BlockPool:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
         for block in list(self._cached.index.values()):
             self._withdraw(block)
+        self._speculation.forget_all_evicted()
         self.cancel_load(self._blocks)
         self.events.append(AllBlocksCleared())
 
@@ -421,20 +452,27 @@ class BlockPool:
         self._blank[:0] = made[::-1]
         return count
 
-    def _supersede(self, chain: Chain, start: int, stop: int) -> None:
-        """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found.
+    def _supersede(self, shorter: Block) -> None:
+        """Forget a partial block: a longer block that begins with its tokens is found now.
 
-        Not a branch, and not a retained one: other prompts go on from it, and blocks are copied whole. Then any other
-        is a guess from now on, if there is room for one more: its prompt's next message may be written anew.
+        Not one that is kept, nor a retained one: other prompts go on from it, and blocks are copied whole. Then any
+        other becomes speculative, if there is a place for one more: its prompt's next message may be written anew.
         """
-        shorter = self._cached.partial_prefix(chain, start, stop)
-        if shorter is None or shorter.branch or shorter.retained:
+        if shorter.keep_when_extended or shorter.retained:
             return
-        if self._least_guess and shorter.num_tokens >= self._least_guess and self._may_guess:
-            shorter.branch = True
-            self._probation.add(shorter)
+        owner, kind = shorter.owner, CheckpointKind.ANSWER_END
+        is_long = 0 < self._least_speculative <= shorter.num_tokens
+        if is_long and self._has_place(owner) and self.is_worth_a_checkpoint(owner, kind):
+            shorter.keep_when_extended = True
+            self._speculation.add(shorter, kind)
         else:
             self._withdraw(shorter)
+
+    def _supersede_before(self, chain: Chain, position: int) -> None:
+        """`_supersede` the partial block that full block ``position`` of ``chain`` begins with, if there is one."""
+        start = position * self.block_size
+        if (shorter := self._cached.partial_prefix(chain, start, start + self.block_size)) is not None:
+            self._supersede(shorter)
 
     def _withdraw(self, block: Block) -> None:
         self._cached.unindex(block)
@@ -451,7 +489,12 @@ class BlockPool:
         broken = broken_laws(
             self.blocks, self._blank, self._cached.index, len(self.policy), holders, self._cached.children
         )
-        if not self._probation.is_part_of(self._cached.index):
-            broken.append("a checkpoint on probation is not cached")
+        if not self._speculation.is_part_of(self._cached.index):
+            broken.append("a speculative checkpoint is not cached, or what is cached counts as evicted")
         if broken:
             raise IntegrityError("; ".join(broken[:5]))
+
+
+def _require_allocated(block: Block) -> None:
+    if block.state is not BlockState.ALLOCATED:
+        raise IntegrityError(f"block {block.block_id} is {block.state.value}; only an allocated block can be committed")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from emberkv.core.block import Block, Match, MatchEnd
-from emberkv.core.checkpoints import Probation
+from emberkv.core.checkpoints import Speculation
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash, partial_siblings_hash
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
@@ -95,7 +95,7 @@ class CachedBlocks:
         stats: CacheStats,
         *,
         journal: bool,
-        probation: Probation,
+        speculation: Speculation,
     ) -> None:
         self.policy = policy
         self.block_cost = block_cost
@@ -106,7 +106,7 @@ class CachedBlocks:
         self._partial_children = ChildIndex()
         self._parents: dict[BlockHash, BlockHash] = {}  # of partial blocks, by `partial_siblings_hash`
         self._num_partial = 0
-        self._probation = probation
+        self._speculation = speculation
         self._events = events
         self._stats = stats
         self.keeps_journal = journal
@@ -223,6 +223,7 @@ class CachedBlocks:
             block.exact = exact
             index[block_hash] = block
             position += 1
+        self._speculation.forget_evicted(block_hashes)
         if self.children is not None:
             for block in blocks:
                 self.children.add(block)
@@ -232,15 +233,16 @@ class CachedBlocks:
             for block, block_hash in zip(blocks, block_hashes, strict=True):
                 self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), size))
 
-    def enter_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool) -> None:
+    def enter_partial(self, block: Block, chain: Chain, position: int, count: int, *, keep: bool) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
 
-        It makes no event, neither now nor when it is evicted: subscribers track full blocks only.
+        It makes no event, neither now nor when it is evicted: subscribers track full blocks only. keep: see
+        `Block.keep_when_extended`.
         """
         start = position * chain.block_size
         block.tokens = chain.encoded_slice(start, start + count)
         block.num_tokens = count
-        block.partial, block.branch = True, branch
+        block.partial, block.keep_when_extended = True, keep
         block.parent = chain.parent(position)
         block.previous = chain.unsalted_parent(position)
         block.position = position
@@ -281,12 +283,12 @@ class CachedBlocks:
 
     def _evicted(self, block_hashes: Sequence[BlockHash]) -> list[Block]:
         blocks = [self.index.pop(block_hash) for block_hash in block_hashes]
+        self._speculation.evicted(blocks)
         if self._num_partial:
             pairs = zip(block_hashes, blocks, strict=True)
             block_hashes = [block_hash for block_hash, block in pairs if not block.partial]
         self._wipe(blocks)
         self._stats.evicted_blocks += len(block_hashes)
-        self._probation.evicted(block_hashes)
         if block_hashes and self._events.capacity:
             self._events.append(BlockRemoved(tuple(block_hashes)))
         return blocks
@@ -344,7 +346,6 @@ class CachedBlocks:
         self._num_partial -= 1
         if not partial:
             del self._partial[block.previous]
-        if block.branch:
-            self._probation.discard(block)
-        block.partial = block.branch = block.retained = False
+        self._speculation.discard(block)
+        block.partial = block.keep_when_extended = block.retained = False
         block.previous = b""

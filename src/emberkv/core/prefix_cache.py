@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockCopy, BlockState, Match, MatchEnd
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.checkpoints import BRANCH_TOKENS, places
+from emberkv.core.checkpoints import BRANCH_TOKENS, CheckpointKind, checkpoint_positions
 from emberkv.core.hashing import Chain
 from emberkv.errors import ConfigError
 
@@ -20,6 +20,7 @@ class Lease:
 
     Where a hit may end within a block, the lease also holds the block whose beginning is to be copied, until the step
     that copies it has been computed. wanted: the numbers of tokens behind which the sequence wants a checkpoint.
+    notes_use: whether going on from a checkpoint still counts as a use of it; a request counts once.
     """
 
     __slots__ = (
@@ -28,12 +29,15 @@ class Lease:
         "_chain",
         "_collided",
         "_num_computed",
-        "_places",
+        "_positions",
+        "_prompt_end",
+        "_saved",
         "_source",
         "_wanted",
         "blocks",
         "context_exact",
         "hit_tokens",
+        "notes_use",
         "num_committed",
     )
 
@@ -56,8 +60,11 @@ class Lease:
         self._num_computed = self.hit_tokens
         self._source: Block | None = None
         self._wanted = wanted
-        self._places: list[int] = []
+        self._positions: list[int] = []
         self._branch = 0
+        self._prompt_end = len(chain) - 1
+        self._saved = 0
+        self.notes_use = True
         if reads_cache:
             self._reuse_beginning()
 
@@ -66,7 +73,7 @@ class Lease:
         """The token at which a prefill chunk is to end, so that the block can be left to others as it is then; None:
         there is no such token.
         """
-        return self._places[0] if self._places else None
+        return self._positions[0] if self._positions else None
 
     @property
     def pinned(self) -> list[Block]:
@@ -91,19 +98,25 @@ class Lease:
         if found is not None:
             self._source, tokens = found
             self._cache.pool.pin([self._source])
-            self._cache.pool.note_use(self._source)
+            if self._cache.keeps_branches:
+                self._saved = self._cache.pool.saved_by(self._chain, self.num_committed, tokens)
             self.context_exact = self.context_exact and self._source.exact
             self.hit_tokens += tokens
             self._num_computed += tokens
         if self._cache.keeps_branches:
             self._cache.pool.note_missing(self._chain, self.num_committed)
             self._branch = self._cache.branch(self._chain, self.num_committed)
-            self._places = self._cache.places({self._branch, *self._wanted}, self._num_computed, len(self._chain))
+            self._find_positions()
+
+    def _find_positions(self) -> None:
+        wanted = {self._branch, *self._wanted}
+        self._positions = self._cache.checkpoint_positions(wanted, self._num_computed, len(self._chain))
 
     def _release_source(self) -> None:
         if self._source is not None:
             self._cache.pool.free([self._source])
             self._source = None
+            self._saved = 0
 
     def missing_blocks(self, num_tokens: int) -> int:
         """How many blocks more the table needs to cover ``num_tokens``."""
@@ -123,6 +136,8 @@ class Lease:
             self._release_source()
             self.context_exact = all(block.exact for block in self.blocks)
             self.hit_tokens = self._num_computed = len(self.blocks) * pool.block_size
+            if self._cache.keeps_branches:
+                self._find_positions()
         self.blocks += pool.allocate(missing, owner)
 
     def adopt(self, start: int) -> int:
@@ -143,7 +158,7 @@ class Lease:
             pool.free(self.blocks[first : first + len(found)])
             self.blocks[first : first + len(found)] = found
             self.num_committed = first + len(found)
-            self._places = []
+            self._positions = []
             self.context_exact = self.context_exact and all(block.exact for block in found)
             self._num_computed = self.num_committed * pool.block_size
             self.hit_tokens += self._num_computed - start
@@ -160,13 +175,16 @@ class Lease:
         What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be, unless
         the engine is batch-invariant.
         """
+        if self._saved and self._source is not None and self.notes_use:  # now the copy has been made
+            self._cache.pool.note_use(self._source, self._saved)
+            self.notes_use = False
         self._release_source()
         whole = stop if self._cache.batch_invariant else stop - stop % self._cache.alignment
         self._commit(whole, exact=True)
         if stop > whole:
             self._commit(stop, exact=False)
         if stop == self.checkpoint:
-            del self._places[0]
+            del self._positions[0]
             if has_room:
                 self._leave_checkpoint(stop)
 
@@ -175,13 +193,18 @@ class Lease:
 
         has_room: for the block in which the sequence then goes on; without it there is no checkpoint.
         """
-        while self._places and start < self._places[0] <= stop:
-            at = self._places[0]
+        while self._positions and start < self._positions[0] <= stop:
+            at = self._positions[0]
             owner = self._chain.owner(at // self._cache.pool.block_size)
-            if has_room and (at == self._branch or self._cache.pool.has_room_for_guess(owner)):
+            if has_room and self._cache.pool.is_worth_a_checkpoint(owner, self._kind(at)):
                 return at
-            del self._places[0]
+            del self._positions[0]
         return stop
+
+    def _kind(self, at: int) -> CheckpointKind:
+        if at == self._branch:
+            return CheckpointKind.BRANCH
+        return CheckpointKind.PROMPT_END if at == self._prompt_end else CheckpointKind.HINT
 
     def _leave_checkpoint(self, stop: int) -> None:
         """Commit the last block as a checkpoint and continue the sequence in a copy of it, if a block is free for that.
@@ -192,20 +215,18 @@ class Lease:
         owner, count = self._chain.owner(at), stop - at * pool.block_size
         if self._collided or not self.context_exact:
             return
+        kind = self._kind(stop)
         known = pool.known_partial(self._chain, at, count)
         if known is not None:
-            known.branch = True
+            pool.keep_partial(known, kind)
             return
-        is_guess = stop != self._branch
-        if (is_guess and not pool.make_room_for_guess(owner)) or not pool.free_for(owner):
+        if kind is not CheckpointKind.BRANCH and not pool.make_room_for_speculative(owner):
+            return
+        if not pool.free_for(owner):
             return
         fresh = pool.allocate(1, owner)
-        pool.commit_partial(self.blocks[at], self._chain, at, count, branch=True)
-        if is_guess:
-            pool.put_on_probation(self.blocks[at])
-            pool.stats.prompt_checkpoints += 1
-        else:
-            pool.stats.branch_checkpoints += 1
+        pool.commit_partial(self.blocks[at], self._chain, at, count, kind)
+        pool.stats.branch_checkpoints += kind is CheckpointKind.BRANCH
         self._source = self.blocks[at]
         self.blocks[at] = fresh[0]
 
@@ -300,7 +321,7 @@ class PrefixCache:
         self.reuses_partial_blocks = enabled and batch_invariant and alignment == pool.block_size
         self.keeps_branches = self.reuses_partial_blocks and not within_blocks
         if self.reuses_partial_blocks:
-            pool.index_children(copied_whole=not within_blocks, least_guess=branch_tokens)
+            pool.index_children(copied_whole=not within_blocks, least_speculative=branch_tokens)
 
     @property
     def hit_unit(self) -> int:
@@ -351,16 +372,16 @@ class PrefixCache:
         return None if found is None or (self.exact and not found[0].exact) else found
 
     def branch(self, chain: Chain, position: int) -> int:
-        """The token of block ``position`` of ``chain``, or its first one, at which it leaves all that is cached: other
-        prompts may leave it there, too.
+        """How many tokens of ``chain`` come before the one at which it leaves all that is cached, which is in block
+        ``position`` or the first one behind it: other prompts may part from it there, too.
 
         A prompt that is cached whole leaves it before its last token, which is computed in any case.
         """
         return position * self.pool.block_size + self.pool.known_tokens(chain, position)
 
-    def places(self, wanted: Iterable[int], start: int, stop: int) -> list[int]:
-        """See `checkpoints.places`."""
-        return places(wanted, start, stop, block_size=self.pool.block_size, least=self.branch_tokens)
+    def checkpoint_positions(self, wanted: Iterable[int], start: int, stop: int) -> list[int]:
+        """See `checkpoints.checkpoint_positions`."""
+        return checkpoint_positions(wanted, start, stop, block_size=self.pool.block_size, least=self.branch_tokens)
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks from the one with token ``start`` on; whole alignment units only.

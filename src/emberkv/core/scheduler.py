@@ -457,13 +457,16 @@ class Scheduler:
         found = match.blocks[: self.cache.whole(len(match.blocks))]
         bypasses = sequence.wants_prompt_logits
         lease = self.cache.lease(sequence.chain, found, reads_cache=not bypasses, checkpoints=sequence.checkpoints)
+        lease.notes_use = sequence.num_preemptions == 0
         lease.extend(len(sequence.chain))
         sequence.lease = lease
         sequence.num_computed = lease.hit_tokens
         sequence.status = SequenceStatus.PREFILLING
         self._running.append(sequence)
-        self.stats.bypass_tokens += len(sequence.chain) if bypasses else 0
-        self.stats.query_tokens += 0 if bypasses else len(sequence.chain)
+        if bypasses:
+            self.stats.bypass_tokens += len(sequence.chain)
+        else:
+            self.stats.query_tokens += len(sequence.chain)
         self.stats.hit_tokens += lease.hit_tokens
         if sequence.num_preemptions == 0:
             sequence.cached_tokens = lease.hit_tokens

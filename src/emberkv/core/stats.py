@@ -20,9 +20,10 @@ class CacheStats:
     duplicate_blocks: int = 0  # computed twice at the same time; one copy was freed
     replaced_blocks: int = 0  # an exact copy took the place of an inexact one
     branch_checkpoints: int = 0  # blocks kept as they were where a prompt left what is cached
-    prompt_checkpoints: int = 0  # and where its sequence wanted one, as at the prompt's end
+    speculative_checkpoints: int = 0  # blocks kept without a prompt that parted there
+    speculative_used: int = 0  # of these, gone on from, or wanted since for another reason
+    speculative_unused: int = 0  # of these, found no more before that
     checkpoint_hits: int = 0  # sequences that went on from a partial block which is copied whole
-    dropped_checkpoints: int = 0  # on probation, to make room for later ones
     evicted_blocks: int = 0
     collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0
@@ -37,10 +38,11 @@ class CacheStats:
 
     @property
     def checkpoints(self) -> dict[str, int]:
-        """By what became of them."""
+        """What happened how often. The speculative ones that are neither used nor unused are still cached."""
         return {
             "left_where_prompts_part": self.branch_checkpoints,
-            "left_as_guess": self.prompt_checkpoints,
-            "used": self.checkpoint_hits,
-            "dropped": self.dropped_checkpoints,
+            "left_speculatively": self.speculative_checkpoints,
+            "speculative_used": self.speculative_used,
+            "speculative_unused": self.speculative_unused,
+            "hits": self.checkpoint_hits,
         }

@@ -5,9 +5,10 @@ entries. Keys are block hashes, not block ids: what is remembered of a key must 
 block. An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, TypeVar
@@ -78,6 +79,18 @@ class EvictionPolicy(ABC, Generic[K]):
     def bytes_by_owner(self) -> Mapping[str, float]:
         """What each owner has, held or not; empty where owners make no difference."""
         return {}
+
+    def bytes_of(self, owner: str) -> float | None:
+        """What ``owner`` has, held or not; None where owners make no difference."""
+        return None
+
+    def headroom(self, owner: str) -> float:
+        """How many bytes more ``owner`` may have before its quota forbids it to keep what it has."""
+        return math.inf
+
+    def over_quota(self) -> Collection[str]:
+        """The owners of what `evict_surplus` would return."""
+        return ()
 
     def reserved(self, size: float) -> int:
         """How many entries of ``size`` may at worst be kept from an owner for the sake of others."""

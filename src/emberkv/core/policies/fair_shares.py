@@ -1,7 +1,7 @@
 """Fair shares of one space: each owner has a floor that others cannot push it below, and a quota it cannot exceed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic
@@ -140,6 +140,19 @@ class FairShares(EvictionPolicy[K]):
     def available_to(self, owner: str) -> int:
         account = self._accounts.get(owner)
         return self._losable + (len(account.policy) - account.losable if account is not None else 0)
+
+    def bytes_of(self, owner: str) -> float | None:
+        account = self._accounts.get(owner)
+        return 0.0 if account is None else account.size
+
+    def headroom(self, owner: str) -> float:
+        account = self._accounts.get(owner)
+        share = self._shares.get(owner, self._default) if account is None else account.share
+        has = 0.0 if account is None else account.size
+        return math.inf if share.quota_bytes is None else max(0.0, share.quota_bytes - has)
+
+    def over_quota(self) -> Collection[str]:
+        return self._over_quota.keys()
 
     def reserved(self, size: float) -> int:
         return sum(math.ceil(share.floor_bytes / size) for share in self._shares.values())
