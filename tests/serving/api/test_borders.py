@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from emberkv.errors import RequestError
-from emberkv.serving.api.anthropic_api import prepare_messages
+from emberkv.serving.api.anthropic_api import count_tokens, prepare_messages
 from emberkv.serving.api.openai_api import prepare_chat
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
@@ -14,7 +14,7 @@ from emberkv.serving.parsing.events import ParsedMessage
 from tests.serving.core_engine import CoreEngine
 from tests.serving.family_tokenizer import FamilyTokenizer
 from tests.serving.harness import Client
-from tests.serving.parsing.families import FAMILIES, TOOLS
+from tests.serving.parsing.families import FAMILIES, TOOLS, Family
 
 Message = dict[str, Any]
 
@@ -113,3 +113,41 @@ def test_without_checkpoints_none_is_looked_for() -> None:
 
 def test_what_the_template_refuses_to_show_is_no_border() -> None:
     assert beginnings(model(tokenizer=Refusing, rewrites=True), SYSTEM, QUESTION) == []
+
+
+class Counting(FamilyTokenizer):
+    """Notes the texts that are encoded, and counts the prompts that are rendered."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
+        self.encoded: list[str] = []
+        self.rendered = 0
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.encoded.append(text)
+        return super().encode(text, **options)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
+        self.rendered += 1
+        return super().render_chat(messages, **more)
+
+
+def test_of_a_long_prompt_only_what_lies_near_a_border_is_encoded_again() -> None:
+    served = model(tokenizer=Counting, rewrites=True)
+    assert isinstance(served.tokenizer, Counting)
+    answered = [message for _ in range(80) for message in (QUESTION, {"role": "assistant", "content": "All of them."})]
+    first, last = beginnings(served, SYSTEM, *answered, QUESTION)
+    assert last.startswith(first)
+    assert last.endswith("Which lamps are lit?<|im_end|>\n<|im_start|>assistant\n")
+    prompt, *again = served.tokenizer.encoded
+    assert len(prompt) > 7000
+    assert sum(map(len, again)) < 1000
+    assert served.tokenizer.rendered == 3
+
+
+def test_a_prompt_that_is_only_counted_is_rendered_once() -> None:
+    served = model(tokenizer=Counting, rewrites=True)
+    assert isinstance(served.tokenizer, Counting)
+    body = {"model": "tiny", "max_tokens": 5, "system": SYSTEM["content"], "messages": [QUESTION]}
+    assert count_tokens(json.dumps(body).encode(), served, None) > 0
+    assert served.tokenizer.rendered == 1

@@ -158,7 +158,7 @@ def prepare_messages(
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
-    rendered = render_messages(request, model, rules, model.engine.max_prompt_tokens)
+    rendered = render_messages(request, model, rules, model.engine.max_prompt_tokens, finds_borders=True)
     constraint = rendered.constraint(model.output_format, request.constraint())
     budget = answer_budget(model, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(

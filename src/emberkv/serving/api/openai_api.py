@@ -334,7 +334,7 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    rendered = render_chat(request, model, rules, model.engine.max_prompt_tokens)
+    rendered = render_chat(request, model, rules, model.engine.max_prompt_tokens, finds_borders=True)
     constraint = rendered.constraint(model.output_format, request.constraint())
     field, wanted = request.wanted_tokens
     budget = answer_budget(model, len(rendered.token_ids), wanted, field=field)

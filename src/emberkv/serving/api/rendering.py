@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from emberkv.engine.request import Constraint
@@ -34,6 +34,7 @@ Encode = Callable[[Conversation], "array[int]"]
 """The token ids of a conversation's prompt. Raises RequestError for one that the chat template does not take."""
 
 _TRIED = OPENINGS[:4]  # each has the whole conversation rendered and encoded
+_LOOK_BACK = 4096  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,38 @@ def covered_tokens(
     """
     shorter = min(len(text), len(cut_text))
     length = bisect_left(range(shorter), True, key=lambda at: text[: at + 1] != cut_text[: at + 1])
-    within = [each for each in known if each.end <= length]
-    common = tokenizer.encode(text[:length], add_special_tokens=False, known=within)
-    pairs = zip(common, token_ids, strict=False)
-    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(common), len(token_ids)))
+    start, before = _near_end(tokenizer, text, token_ids, length, known)
+    within = _behind(start, [each for each in known if each.end <= length])
+    common = tokenizer.encode(text[start:length], add_special_tokens=False, known=within)
+    rest = islice(token_ids, before, None)
+    pairs = zip(common, rest, strict=False)
+    most = min(len(common), len(token_ids) - before)
+    return before + next((at for at, (one, other) in enumerate(pairs) if one != other), most)
+
+
+def _near_end(
+    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], length: int, known: Sequence[KnownTokens]
+) -> tuple[int, int]:
+    """Where a special token begins in ``text`` just before character ``length``, and how many tokens come before it.
+
+    That is counted from the end, so that the beginning of a long prompt is not encoded again: 0 and 0 where the end is
+    the longer part, or no special token begins near.
+    """
+    first = max(0, length - _LOOK_BACK)
+    near = [each for each in known if each.end > first]
+    cuts = takewhile(lambda at: at <= length, tokenizer.cuts(text, first))
+    outside = [at for at in cuts if not any(each.start < at < each.end for each in near)]
+    if not outside or outside[-1] < len(text) // 2:
+        return 0, 0
+    start = outside[-1]
+    behind = tokenizer.encode(text[start:], add_special_tokens=False, known=_behind(start, known))
+    before = len(token_ids) - len(behind)
+    return (start, before) if before >= 0 and list(token_ids[before:]) == list(behind) else (0, 0)
+
+
+def _behind(start: int, known: Sequence[KnownTokens]) -> list[KnownTokens]:
+    """Those behind character ``start``, of the text from there on."""
+    return [KnownTokens(each.start - start, each.end - start, each.token_ids) for each in known if each.start >= start]
 
 
 Candidate = tuple[float, Callable[[], Request]]
@@ -320,24 +349,37 @@ class RenderedPrompt:
 
 
 def render_messages(
-    request: PromptRequest, model: ServedModel, rules: CanonicalRules | None, max_tokens: int | None = None
+    request: PromptRequest,
+    model: ServedModel,
+    rules: CanonicalRules | None,
+    max_tokens: int | None = None,
+    *,
+    finds_borders: bool = False,
 ) -> RenderedPrompt:
     """An Anthropic request's prompt. Raises RequestError for what cannot be used, or has more than ``max_tokens``.
 
     model: as the request's tenant sees it; earlier answers that it remembers are put in as they were sampled.
+    finds_borders: as for a prompt that is computed, where the model takes them; each is one more rendering.
     """
     request, canonical = canonical_messages(request, rules)
-    return _rendered(request.conversation(), canonical, anthropic_mark(request), model, max_tokens)
+    rendered, spliced = _rendered(request.conversation(), canonical, anthropic_mark(request), model, max_tokens)
+    return _with_borders(rendered, spliced, model) if finds_borders else rendered
 
 
 def render_chat(
-    request: ChatCompletionRequest, model: ServedModel, rules: CanonicalRules | None, max_tokens: int | None = None
+    request: ChatCompletionRequest,
+    model: ServedModel,
+    rules: CanonicalRules | None,
+    max_tokens: int | None = None,
+    *,
+    finds_borders: bool = False,
 ) -> RenderedPrompt:
     """An OpenAI chat request's prompt. See `render_messages`."""
     request, canonical = canonical_chat(request, rules)
     if model.answer_memory is not None and request.cache_salt is not None:
         model = replace(model, answer_memory=model.answer_memory.of(request.cache_salt))
-    return _rendered(request.conversation(), canonical, chat_mark(request), model, max_tokens)
+    rendered, spliced = _rendered(request.conversation(), canonical, chat_mark(request), model, max_tokens)
+    return _with_borders(rendered, spliced, model) if finds_borders else rendered
 
 
 def _rendered(
@@ -346,7 +388,7 @@ def _rendered(
     mark: Mark[PromptRequest] | Mark[ChatCompletionRequest] | None,
     model: ServedModel,
     max_tokens: int | None,
-) -> RenderedPrompt:
+) -> tuple[RenderedPrompt, SplicedPrompt]:
     conversation = conversation.counting_unread(model.tokenizer)
     spliced = _spliced(conversation, model)
     token_ids = model.tokenizer.encode(
@@ -361,28 +403,28 @@ def _rendered(
         history=spliced.outcomes,
         recorder=None if memory is None else spliced.recorder(memory, conversation, model.output_format),
         next_prompt=next_prompt(conversation, partial(_token_ids, model=model)) if model.rewrites_turns else None,
-        borders=_borders(conversation, model, spliced, token_ids) if model.takes_borders else (),
     )
     if mark is None:
-        return rendered
+        return rendered, spliced
     try:
         cut = _spliced(mark.cut.conversation(), model).text
     except RequestError:  # a template may refuse half a conversation; a hint about eviction is no reason to refuse all
-        return rendered
+        return rendered, spliced
     covered = covered_tokens(model.tokenizer, spliced.text, token_ids, cut, spliced.known)
-    return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds)
+    return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds), spliced
 
 
 _ANY_TEXT = "\ue000"
 """Stands for a text that is not known yet; it is for private use, and hardly any text begins with it."""
 
 
-def _borders(
-    conversation: Conversation, model: ServedModel, spliced: SplicedPrompt, token_ids: Sequence[int]
-) -> tuple[int, ...]:
+def _with_borders(rendered: RenderedPrompt, spliced: SplicedPrompt, model: ServedModel) -> RenderedPrompt:
     """Behind the system prompt with the tools, where other conversations part, and, where the template renders earlier
     turns anew, behind all that this turn's prompt and that of the user's next message have in common.
     """
+    conversation, token_ids = rendered.conversation, rendered.token_ids
+    if conversation is None or not model.takes_borders:
+        return rendered
     anyone = {"role": "user", "content": _ANY_TEXT}
     leading = list(takewhile(lambda message: message["role"] in _SYSTEM_ROLES, conversation.messages))
     cuts = []
@@ -400,7 +442,7 @@ def _borders(
         except RequestError:  # as for a mark
             continue
         found.add(covered_tokens(model.tokenizer, spliced.text, token_ids, text, spliced.known))
-    return tuple(sorted(found))
+    return replace(rendered, borders=tuple(sorted(found)))
 
 
 def _token_ids(conversation: Conversation, model: ServedModel) -> "array[int]":
