@@ -133,7 +133,7 @@ def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory,
         assert all(map(torch.equal, hit.logits, alone.logits))
         last = (len(prompt) - 1) // size
         assert torch.equal(hit.kv[:last].view(torch.uint8), alone.kv[:last].view(torch.uint8))
-    assert (warm.stats.branch_checkpoints, warm.stats.speculative_checkpoints) == (2, 2)  # the answer that a turn went on from, too
+    assert (warm.stats.branch_checkpoints, warm.stats.speculative_checkpoints) == (2, 2)  # an answer, too
 
 
 @pytest.mark.parametrize("arch", OF_EACH_KIND)
