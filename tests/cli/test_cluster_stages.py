@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 
 from emberkv.cli.cluster import gateway_stages, serve_failure, serve_stages
 
@@ -55,6 +56,12 @@ def test_a_gateway_that_does_not_answer_or_tells_its_operator_alone() -> None:
         assert gateway_stages(absent) == ({}, False)
     with gateway(200, httpx.Response(401, json={"error": {}})) as guarded:
         assert gateway_stages(guarded) == ({}, True)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"\xff", b"[]", b'{"object": "x"}', b'{"workers": [{"worker_id": "w"}]}'])
+def test_what_something_else_answers_at_the_gateways_address_is_no_answer(body: bytes) -> None:
+    with gateway(200, httpx.Response(200, content=body)) as other:
+        assert gateway_stages(other) == ({}, False)
 
 
 def test_why_serve_has_given_up_is_the_servers_own_error() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.cluster.wire import LoadReport, SharedTier, StoredBlocks, TokenizerFiles, WorkerDescription
-from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
+from emberkv.core.events import Event
+from emberkv.core.feed import EventBatch, EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, TokenOutput
@@ -41,7 +42,8 @@ class FakeWorker:
     hangs: it accepts requests and sends nothing but their progress. running: what it reports. is_loaded: it has its
     model; without it, its events end. cache: carries out operations on the cache. shared_tiers: what it says of them.
     stored: the blocks in a shared tier, which it gives one at a time; None: its server does not answer. scans: the
-    tiers whose blocks it was asked for, from the first one.
+    tiers whose blocks it was asked for, from the first one. log: the events of its cache. unkept: how many of them it
+    does not give any more. ends_scans_at: the cursor at which it ends when it is asked for its stored blocks.
     """
 
     worker_id: str
@@ -59,6 +61,9 @@ class FakeWorker:
     shared_tiers: dict[str, SharedTier] = field(default_factory=dict)
     stored: Sequence[bytes] | None = ()
     scans: list[str] = field(default_factory=list)
+    log: Sequence[Event] = ()
+    unkept: int = 0
+    ends_scans_at: int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,6 +98,7 @@ class FakeConnection:
         return WorkerDescription(
             worker_id=worker.worker_id,
             epoch=worker.epoch,
+            sequence=len(worker.log),
             version="0",
             names=("tiny",),
             fingerprint=worker.fingerprint,
@@ -110,7 +116,8 @@ class FakeConnection:
         return TokenizerFiles(etag="t", files={})
 
     async def snapshot(self, cursor: str = "") -> SnapshotChunk:
-        return SnapshotChunk(self._worker.epoch, 0, cursor, None, self._worker.block_size, (), ())
+        worker = self._worker
+        return SnapshotChunk(worker.epoch, len(worker.log), cursor, None, worker.block_size, (), ())
 
     async def stored(self, tier: str, cursor: int = 0) -> StoredBlocks:
         worker = self._worker
@@ -118,6 +125,9 @@ class FakeConnection:
             worker.scans.append(tier)
         if worker.stored is None:
             raise NotReadyError("the server of the remote tier: no connection")
+        if cursor == worker.ends_scans_at:
+            worker.die()
+        self._check_stream()
         following = cursor + 1 if cursor + 1 < len(worker.stored) else None
         return StoredBlocks(tuple(worker.stored[cursor : cursor + 1]), following)
 
@@ -126,11 +136,15 @@ class FakeConnection:
         while worker.is_loaded:
             self._check()
             changed = worker.changed
-            yield EventBatch(worker.epoch, 1, ())
+            if after < worker.unkept:
+                yield EventsLost(worker.epoch, worker.unkept + 1, len(worker.log))
+            else:
+                yield EventBatch(worker.epoch, after + 1, worker.log[after:])
+            after = len(worker.log)
             yield LoadReport(
                 worker_id=worker.worker_id,
                 epoch=worker.epoch,
-                sequence=0,
+                sequence=after,
                 draining=worker.draining,
                 running=worker.running,
                 shared_tiers=worker.shared_tiers,

@@ -10,10 +10,11 @@ from emberkv.cluster.membership import Membership
 from emberkv.cluster.routing import make_router
 from emberkv.cluster.wire import SharedTier, WorkerDescription
 from emberkv.cluster.workers import Worker, WorkerStatus
+from emberkv.core.events import BlockRemoved, BlockStored
 from tests.cluster.fake_workers import FakeConnection, FakeWorker
 from tests.waiting import on_a_loop, until
 
-STORE = SharedTier(b"r" * 16, is_listed=False)
+STORE = SharedTier(b"r" * 16, is_listed=False, is_scanned=True)
 BLOCKS = [bytes([number]) * 32 for number in range(1, 4)]
 
 
@@ -75,7 +76,7 @@ async def test_a_server_is_read_again_when_no_worker_that_shares_it_was_left() -
             assert worker.scans == ["remote", "remote"]
 
 
-@pytest.mark.parametrize("before", [{}, {"remote": SharedTier(b"o" * 16, is_listed=False)}])
+@pytest.mark.parametrize("before", [{}, {"remote": SharedTier(b"o" * 16, is_listed=False, is_scanned=True)}])
 @on_a_loop
 async def test_a_worker_that_gets_to_know_its_server_has_what_is_there_from_then_on(
     before: dict[str, SharedTier],
@@ -86,9 +87,117 @@ async def test_a_worker_that_gets_to_know_its_server_has_what_is_there_from_then
         patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
         async with followed(first, late) as membership:
             await until(lambda: known(membership, 2) == [{"remote": 1}, {}])
+            first.stored = BLOCKS
             late.change(shared_tiers={"remote": STORE}, stored=BLOCKS)
             await until(lambda: known(membership, 2) == [{"remote": 3}, {"remote": 3}])
-            assert (first.scans, late.scans) == (["remote"], ["remote"] * (len(before) + 1))
+            assert (first.scans, late.scans) == (["remote"] * 2, ["remote"] * len(before))
             late.change(shared_tiers=before, stored=())
             await until(lambda: known(membership, 2) == [{"remote": 3}, {}])
             assert [worker.status for worker in membership.workers] == [WorkerStatus.UP] * 2
+
+
+def stored(*block_hashes: bytes) -> BlockStored:
+    return BlockStored(block_hashes, bytes(32), (), 4, "remote")
+
+
+def removed(*block_hashes: bytes) -> BlockRemoved:
+    return BlockRemoved(block_hashes, tier="remote")
+
+
+def each_known(membership: Membership) -> list[bool]:
+    """Of each of `BLOCKS`, whether the first worker has it."""
+    assert membership.router.index is not None
+    return [bool(membership.router.index.matches([block], 1)[0]) for block in BLOCKS]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@on_a_loop
+async def test_events_from_before_a_worker_is_met_change_nothing_of_what_its_server_has(reverse: bool) -> None:
+    """The first block was evicted by a worker and stored again by the other; the second was stored and has expired."""
+    workers = [
+        FakeWorker("a", log=(removed(BLOCKS[1]), removed(BLOCKS[0]))),
+        FakeWorker("b", log=(stored(BLOCKS[1]), stored(BLOCKS[0]))),
+    ]
+    for worker in workers:
+        worker.shared_tiers, worker.stored = {"remote": STORE}, BLOCKS[:1]
+    async with followed(*sorted(workers, key=lambda worker: worker.worker_id, reverse=reverse)) as membership:
+        await until(lambda: all(worker.exact for worker in membership.workers))
+        await until(lambda: each_known(membership) == [True, False, False])
+        for worker in workers:
+            worker.change(log=(*worker.log, stored(BLOCKS[2])))
+        await until(lambda: each_known(membership) == [True, False, True])
+
+
+@on_a_loop
+async def test_what_a_worker_has_changed_before_it_is_met_is_read_though_the_server_was_read_before() -> None:
+    first = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS[:1])
+    second = FakeWorker("b", shared_tiers={"remote": STORE}, stored=BLOCKS[:1])
+    async with followed(first, second) as membership:
+        await until(lambda: each_known(membership) == [True, False, False])
+        membership.deregister("b")
+        for worker in (first, second):
+            worker.stored = BLOCKS[1:]
+        second.log = (removed(BLOCKS[0]), stored(*BLOCKS[1:]))
+        second.restart()
+        await until(lambda: each_known(membership) == [False, True, True])
+
+
+@on_a_loop
+async def test_a_server_is_read_again_when_a_workers_events_were_lost() -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS[:1])
+    async with followed(worker) as membership:
+        await until(lambda: each_known(membership) == [True, False, False])
+        worker.change(stored=BLOCKS[1:], log=(removed(BLOCKS[0]), stored(*BLOCKS[1:])), unkept=2)
+        await until(lambda: each_known(membership) == [False, True, True])
+        assert worker.scans == ["remote", "remote"]
+
+
+@on_a_loop
+async def test_a_server_that_did_not_answer_is_read_when_it_does() -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
+        async with followed(worker) as membership:
+            await until(lambda: len(worker.scans) > 1)
+            worker.stored = BLOCKS
+            await until(lambda: known(membership, 1) == [{"remote": 3}])
+
+
+@on_a_loop
+async def test_another_worker_is_asked_where_one_ends_while_its_server_is_read() -> None:
+    dying = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS)
+    other = FakeWorker("b", shared_tiers={"remote": STORE}, stored=BLOCKS)
+    async with followed(dying, other) as membership:
+        await until(lambda: known(membership, 2)[1] == {"remote": 3})
+        dying.ends_scans_at = 1
+        dying.change(log=(removed(BLOCKS[0]),), unkept=1)
+        await until(lambda: not dying.alive)
+        await until(lambda: known(membership, 2)[1] == {"remote": 3})
+        assert (dying.scans, other.scans) == (["remote", "remote"], ["remote"])
+
+
+@on_a_loop
+async def test_a_server_that_no_worker_names_any_more_is_forgotten_and_read_anew_when_one_does() -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
+        async with followed(worker) as membership:
+            await until(lambda: known(membership, 1) == [{"remote": 3}])
+            for tiers, expected in (({}, {}), ({"remote": STORE}, {"remote": 3})):
+                worker.die()
+                await until(lambda: not membership.up)
+                worker.shared_tiers = tiers
+                worker.restart()
+                await until(lambda expected=expected: membership.up and known(membership, 1) == [expected])
+            assert worker.scans == ["remote", "remote"]
+
+
+@on_a_loop
+async def test_a_store_that_cannot_be_read_is_never_asked_for() -> None:
+    tiers = {"remote": SharedTier(b"m" * 16, is_listed=False)}
+    worker = FakeWorker("a", shared_tiers=tiers, log=(stored(BLOCKS[1]),))
+    async with followed(worker) as membership:
+        await until(lambda: membership.workers[0].exact)
+        worker.change(log=(*worker.log, stored(BLOCKS[0])))
+        await until(lambda: each_known(membership) == [True, False, False])
+        assert worker.scans == []

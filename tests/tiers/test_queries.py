@@ -167,28 +167,73 @@ def test_a_block_that_is_stored_after_a_miss_is_looked_up_again() -> None:
 
 
 def reporting() -> tuple[World, list[Event]]:
-    """A world whose remote tier loses blocks of which nothing tells, and the events of its tiers."""
+    """A world whose remote tier has lost the last block, which this process has stored, and the events of its tiers."""
     world, events = World(), list[Event]()
-    world.remote.loses_blocks = True
+    world.manager.offload([OffloadedBlock(BLOCKS[3])])
+    while not world.worker.idle:
+        world.change()
     world.manager.on_event = events.append
+    world.remote.remove(IDS[3:])
     return world, events
 
 
-def test_a_look_up_reports_the_block_that_a_tier_has_lost_and_no_other() -> None:
-    world, events = reporting()
+def look_up(world: World) -> None:
+    """After the last answer is forgotten."""
+    world.clock.now += ANSWER_SECONDS
     world.ask()
     world.begin()
     world.end()
+
+
+def test_a_look_up_reports_once_the_block_that_a_tier_has_lost_and_no_other() -> None:
+    world, events = reporting()
+    look_up(world)
     assert events == [BlockRemoved((IDS[3],), tier="remote")]
+    look_up(world)
+    assert len(events) == 1
 
 
-def test_a_look_up_reports_nothing_of_a_tier_that_reports_its_evictions_itself() -> None:
+def test_a_block_that_was_found_before_is_reported_as_lost() -> None:
+    world, events = World(), list[Event]()
+    world.manager.on_event = events.append
+    look_up(world)
+    assert events == [], "the last block was never there"
+    world.remote.remove(IDS[2:3])
+    look_up(world)
+    assert events == [BlockRemoved((IDS[2],), tier="remote")]
+
+
+def test_a_block_that_was_removed_is_not_reported_as_lost() -> None:
     world, events = reporting()
-    world.remote.loses_blocks = False
-    world.ask()
+    world.manager.remove(IDS[3:])
+    while not world.worker.idle:
+        world.change()
+    events.clear()
+    look_up(world)
+    assert events == []
+
+
+def test_only_the_blocks_that_were_there_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, events = reporting()
+    monkeypatch.setattr("emberkv.tiers.worker.MAX_KNOWN_BLOCKS", 1)
+    world.manager.offload([OffloadedBlock(BLOCKS[3])])
+    while not world.worker.idle:
+        world.change()
+    world.query = world.manager.ask(IDS[2:3], lambda: None)
     world.begin()
     world.end()
+    world.remote.remove(IDS[3:])
+    events.clear()
+    look_up(world)
     assert events == []
+
+
+def test_a_tier_that_fails_is_not_reported_to_have_lost_a_block() -> None:
+    world, events = reporting()
+    world.remote.broken = True
+    look_up(world)
+    world.remote.broken = False
+    assert (events, world.manager.status(IDS[1])) == ([], PENDING)
 
 
 @pytest.mark.parametrize("changed", [True, False], ids=["stored", "queued to be stored"])
@@ -231,7 +276,8 @@ def test_a_tier_that_fails_or_is_stuck_counts_as_a_miss(broken: bool) -> None:
         world.give_up()
         assert world.manager.stats()["remote"].troubles == {"stalled": 1}
     assert world.manager.stats()["remote"].lookup_latency.count == int(broken)
-    assert (world.delivered, world.found(), world.manager.status(IDS[1])) == (1, [("ram", 1)], MISS)
+    status = PENDING if broken else MISS  # to have failed says nothing of any block
+    assert (world.delivered, world.found(), world.manager.status(IDS[1])) == (1, [("ram", 1)], status)
 
 
 def test_the_workers_threads_answer_and_the_blocks_are_read() -> None:

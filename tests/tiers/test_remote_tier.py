@@ -101,6 +101,10 @@ def test_a_process_reads_which_blocks_others_have_stored(server: RedisProcess) -
     server.kill()
     with pytest.raises(RemoteTierError, match="no connection"):
         reader.scan(0)
+    before = reader.stats().troubles
+    with pytest.raises(RemoteTierError, match="not asked"):
+        reader.scan(0)
+    assert reader.stats().troubles == before
 
 
 def test_records_that_are_there_are_not_sent_again(server: RedisProcess) -> None:
@@ -312,26 +316,72 @@ def lost(*tiers: RemoteTier) -> list[bytes]:
     return sorted(each for tier in tiers for each in tier.lost_blocks())
 
 
-def test_one_process_learns_of_each_block_that_has_expired(server: RedisProcess) -> None:
-    writer, reader = opened(server), opened(server, ttl_seconds=0.05)
+def test_each_process_learns_of_the_blocks_that_have_expired(server: RedisProcess) -> None:
+    writer, reader = opened(server, ttl_seconds=0.05), opened(server)
     writer.store(ENTRIES[:3])
-    found: list[bytes] = []
+    found: dict[RemoteTier, list[bytes]] = {writer: [], reader: []}
 
     def all_found() -> bool:
-        found.extend(lost(writer, reader))
-        return len(found) >= 3
+        for tier in found:
+            found[tier] += lost(tier)
+        return all(len(each) >= 3 for each in found.values())
 
     eventually(all_found)
-    assert sorted(found) == sorted(IDS[:3])
-    assert lost(writer, reader) == []
+    assert [sorted(each) for each in found.values()] == [sorted(IDS[:3])] * 2
+    assert [lost(writer), lost(reader)] == [[], []]
 
 
-def test_a_process_learns_of_blocks_that_one_with_another_model_has_evicted(server: RedisProcess) -> None:
-    ours = opened(server)
+def test_a_process_with_a_shorter_time_to_live_leaves_the_blocks_of_others(
+    server: RedisProcess,
+) -> None:
+    long, short = opened(server), opened(server, ttl_seconds=0.001)
+    long.store(ENTRIES[:3])
+    short.store([*ENTRIES[:1], *ENTRIES[3:5]])
+    assert short.load(IDS[1:2]) == ENTRIES[1:2]
+    found: list[bytes] = []
+
+    def both_found() -> bool:
+        found.extend(lost(long))
+        short.refresh()
+        return len(found) >= 2
+
+    eventually(both_found)
+    assert (sorted(found), long.query(IDS)) == (sorted(IDS[3:5]), 3)
+
+
+def taken_by_others(server: RedisProcess) -> None:
+    """A process with another model stores two blocks, for which two others are evicted."""
     theirs = RemoteTier(server.address, 2 * SIZE, namespace=OTHER).connect()
-    ours.store(ENTRIES[:2])
     assert theirs.store(entries(BLOCKS[:2], namespace=OTHER)).evicted == []
-    assert (lost(theirs), lost(ours), lost(ours)) == ([], sorted(IDS[:2]), [])
+    assert lost(theirs) == []
+
+
+def test_each_process_learns_of_blocks_that_one_with_another_model_has_evicted(server: RedisProcess) -> None:
+    ours, others = opened(server), opened(server)
+    ours.store(ENTRIES[:2])
+    taken_by_others(server)
+    for tier in (ours, others):
+        assert (lost(tier), lost(tier)) == (sorted(IDS[:2]), [])
+
+
+def test_losses_are_told_again_where_the_answer_was_lost(server: RedisProcess) -> None:
+    clock = Clock()
+    tier = opened(server, clock=clock)
+    tier.store(ENTRIES[:2])
+    taken_by_others(server)
+    server.freeze()
+    assert lost(tier) == []
+    server.thaw()
+    comes_back(tier, clock)
+    assert lost(tier) == sorted(IDS[:2])
+
+
+def test_what_was_lost_before_a_process_has_connected_is_not_told(server: RedisProcess) -> None:
+    opened(server).store(ENTRIES[:2])
+    taken_by_others(server)
+    late = opened(server)
+    late.store(ENTRIES[:2])
+    assert lost(late) == []
 
 
 def test_a_process_learns_of_records_that_the_server_took_away_when_they_are_missed(server: RedisProcess) -> None:

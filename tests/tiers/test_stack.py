@@ -11,9 +11,9 @@ from emberkv.core.loading import BlockRun
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.jobs import Check, QueuedBlock, Store
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.worker import Check, QueuedBlock, Store
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock

@@ -331,16 +331,14 @@ def _wait_ready(state: ClusterState, seconds: float) -> None:
     gateway has no worker in time.
     """
     end = time.monotonic() + seconds
-    known: dict[str, str] = {}
     shown: dict[str, str] = {}
     with _connected(state) as serve, httpx.Client(base_url=state.url) as gateway:
         while time.monotonic() < end:
             stages, is_ready = gateway_stages(gateway)
-            known |= stages
             found = serve.status().applications.get(state.name)
             if found is not None and found.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise PlacementError(f"{serve_failure(found)}; emberkv cluster down ends what runs")
-            for server, stage in (serve_stages(found) | known).items():
+            for server, stage in (serve_stages(found) | stages).items():
                 if shown.get(server) != stage:
                     shown[server] = stage
                     _show(f"{server}: {stage}")
@@ -372,19 +370,19 @@ def serve_failure(application: Any) -> str:
 
 def gateway_stages(gateway: httpx.Client) -> tuple[dict[str, str], bool]:
     """What the gateway knows of each worker, by its id, and whether it takes requests. Nothing of workers where it does
-    not answer yet, or tells its operator alone.
+    not answer yet, or tells its operator alone; what something else answers at its address counts as no answer.
     """
     try:
         is_ready = gateway.get("/ready").status_code == httpx.codes.OK
         listed = gateway.get("/v1/cluster")
-    except httpx.TransportError:
+        workers = listed.json()["workers"] if listed.status_code == httpx.codes.OK else ()
+        return {
+            each["worker_id"]: f"{each['status']}: {each['detail']}" if each["detail"] else each["status"]
+            for each in workers
+            if each["worker_id"]
+        }, is_ready
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return {}, False
-    workers = listed.json()["workers"] if listed.status_code == httpx.codes.OK else ()
-    return {
-        each["worker_id"]: f"{each['status']}: {each['detail']}" if each["detail"] else each["status"]
-        for each in workers
-        if each["worker_id"]
-    }, is_ready
 
 
 def _show(line: str) -> None:

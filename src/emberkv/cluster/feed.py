@@ -92,6 +92,17 @@ class FeedReader:
             return NeedEvents(self.sequence)
         return NeedChunk(self._cursor or "") if not self._complete else None
 
+    def begin(self, epoch: bytes, last: int) -> None:
+        """The process is in this epoch, whose last event was number ``last`` when it was asked. In an epoch that is not
+        known here, a snapshot says what these events have come to: none up to ``last`` is wanted.
+        """
+        if epoch in self._past or epoch == self.epoch:
+            return
+        self._begin_epoch(epoch)
+        self.sequence = self._known = last
+        self._wants_snapshot = last > 0
+        self._complete = last == 0
+
     def take(self, message: FeedMessage) -> None:
         """Take in a message, whenever it comes."""
         if message.epoch in self._past:
@@ -175,7 +186,7 @@ class ReplicaBlocks:
     tier that others share (`BlockIndex.share`) stay, unless ``unkept`` names it: the shared tiers whose blocks the
     replica would tell of when it starts, and of which nothing else is known to have kept them. A snapshot replaces what
     is known of the shared tiers that ``listed`` names, too: those whose whole content it lists, whichever replica has
-    stored it.
+    stored it. on_snapshot: is called when a snapshot begins, after which no event before it is applied any more.
     """
 
     def __init__(
@@ -185,11 +196,13 @@ class ReplicaBlocks:
         *,
         unkept: Callable[[], Iterable[str]] = tuple,
         listed: Callable[[], Iterable[str]] = tuple,
+        on_snapshot: Callable[[], None] = lambda: None,
     ) -> None:
         self._index = index
         self._replica = replica
         self._unkept = unkept
         self._listed = listed
+        self._on_snapshot = on_snapshot
 
     def apply(self, event: Event) -> None:
         self._index.apply(self._replica, event)
@@ -199,6 +212,7 @@ class ReplicaBlocks:
 
     def clear(self) -> None:
         self._forget(self._listed())
+        self._on_snapshot()
 
     def restart(self) -> None:
         self._forget(self._unkept())

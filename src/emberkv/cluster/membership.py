@@ -4,15 +4,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlocks
 from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
+from emberkv.cluster.shared_stores import SharedStores
 from emberkv.cluster.wire import LoadReport, WorkerDescription
 from emberkv.cluster.workers import Replica, Worker, WorkerConnection, WorkerStatus
 from emberkv.core.events import Event
-from emberkv.core.feed import EventBatch, SnapshotChunk
+from emberkv.core.feed import SnapshotChunk
 from emberkv.errors import EmberError, RequestError, WireError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import ModelNotLoadedError, NotReadyError
 
@@ -61,7 +62,8 @@ class Membership:
         self._changed = asyncio.Event()
         self._woken: set[Worker] = set()  # by `wake_idle`, and not up since
         self._closing: set[asyncio.Task[None]] = set()
-        self._scanned: set[bytes] = set()  # the ids of the stores that `_scan_stores` has read, or reads
+        index = router.index
+        self._stores = None if index is None else SharedStores(index, lambda: self.workers, self._pause)
 
     @property
     def model(self) -> WorkerDescription | None:
@@ -185,6 +187,8 @@ class Membership:
     async def close(self) -> None:
         for worker in self.workers:
             self._remove(worker)
+        if self._stores is not None:
+            self._stores.close()
         await asyncio.gather(*self._closing)
 
     def _begin(self, worker: Worker) -> None:
@@ -203,12 +207,21 @@ class Membership:
         if worker.slot is not None:
             self.router.leave(worker.slot)
             worker.slot = worker.reader = None
-            self._keep_scanned()
+            self._update_stores()
 
-    def _keep_scanned(self) -> None:
-        """Forget that stores were read which no worker shares any more: the index has forgotten them, too."""
-        members = [other for other in self._workers.values() if other.slot is not None]
-        self._scanned &= {store_id for other in members for store_id in other.shared.values()}
+    def _update_stores(self) -> None:
+        if self._stores is not None:
+            self._stores.update()
+
+    def _read_stores_again(self, worker: Worker) -> None:
+        if self._stores is not None:
+            self._stores.read_again(worker)
+
+    async def _pause(self) -> None:
+        """Until the status of a worker changes, or for a while."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_SECONDS):
+                await self.changed()
 
     def set_status(self, worker: Replica, status: WorkerStatus, detail: str) -> None:
         """For those that follow workers."""
@@ -279,18 +292,22 @@ class Membership:
                 _NoIndex()
                 if index is None
                 else ReplicaBlocks(
-                    index, worker.slot, unkept=lambda: self._unkept(worker), listed=lambda: worker.listed_tiers
+                    index,
+                    worker.slot,
+                    unkept=lambda: self._unkept(worker),
+                    listed=lambda: worker.listed_tiers,
+                    on_snapshot=lambda: self._read_stores_again(worker),
                 )
             )
             worker.reader = FeedReader(blocks)
         assert worker.reader is not None, "a worker with a slot has a reader"
         if self.router.index is not None:
             self.router.index.share(worker.slot, worker.shared)
-        self._keep_scanned()
-        if before is not None and before.epoch == description.epoch:
-            # what it stored there, before it knew that it shares the store, counted for it alone, and is read again
-            self._scanned -= set(worker.shared.values()) - set(shared_before.values())
-        worker.reader.take(EventBatch(description.epoch, 1, ()))  # of another epoch than before, it begins anew
+        self._update_stores()
+        if before is not None and before.epoch == description.epoch and worker.shared != shared_before:
+            self._read_stores_again(worker)  # what it stored there before it shared the store counted for it alone
+        # without an index, nothing comes of a snapshot
+        worker.reader.begin(description.epoch, 0 if self.router.index is None else description.sequence)
         return True
 
     def _unkept(self, worker: Worker) -> list[str]:
@@ -332,14 +349,12 @@ class Membership:
         assert reader is not None, "a worker is met first"
         is_missing = asyncio.Event()
         mending = asyncio.create_task(_mend(worker.connection, reader, is_missing))
-        scanning = asyncio.create_task(self._scan_stores(worker))
         try:
             after = reader.sequence
             async with aclosing(worker.connection.events(after)) as messages:
                 async for message in messages:
-                    for task in (mending, scanning):
-                        if task.done():
-                            task.result()  # raises what has ended it; a worker reports at least every second
+                    if mending.done():
+                        mending.result()  # raises what has ended it; a worker reports at least every second
                     worker.heard = self._clock()
                     if isinstance(message, LoadReport):
                         self._take_report(worker, message)
@@ -355,32 +370,7 @@ class Membership:
                             return
         finally:
             mending.cancel()
-            scanning.cancel()
         raise _EventsEndedError(f"{worker.url} has ended its events", has_reported=has_reported)
-
-    async def _scan_stores(self, worker: Worker) -> None:
-        """Read what is in the stores that it shares and its snapshots do not list, such as a server in the network:
-        each store once, whichever worker is asked. Later changes come as events; one that comes while the store is read
-        may be undone by what was read before it.
-        """
-        index, slot = self.router.index, worker.slot
-        if index is None or slot is None:
-            return
-        for tier, store_id in worker.shared.items():
-            if tier in worker.listed_tiers or store_id in self._scanned:
-                continue
-            self._scanned.add(store_id)
-            cursor: int | None = 0
-            try:
-                while cursor is not None:
-                    some = await worker.connection.stored(tier, cursor)
-                    index.add(slot, some.block_hashes, tier)
-                    cursor = some.next_cursor
-            except EmberError as error:
-                _log.warning("worker %s does not say what its %s tier has: %s", worker, tier, error)
-            finally:
-                if cursor is not None:
-                    self._scanned.discard(store_id)
 
     def _take_report(self, worker: Worker, report: LoadReport) -> None:
         worker.take_report(report, self._clock())

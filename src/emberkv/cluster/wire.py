@@ -55,6 +55,7 @@ class SharedTier(Struct, frozen=True):
 
     store_id: Annotated[bytes, Meta(min_length=16, max_length=64)]
     is_listed: bool
+    is_scanned: bool = False
 
 
 class StoredBlocks(Struct, frozen=True):
@@ -67,13 +68,13 @@ class StoredBlocks(Struct, frozen=True):
 class WorkerDescription(Struct, frozen=True, kw_only=True):
     """What a worker serves, and how.
 
-    epoch: of its cache's events; another one after each start. names, name_patterns: of the model, see `ServedModel`.
-    fingerprint: of the model's weights and config. root: of its block hashes. namespace: of its blocks' bytes.
-    context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit: hits are rounded down to a multiple of so
-    many tokens. takes_borders: see `ServedModel`. exact: only blocks that are bit-equal to a cold prefill's are
-    reused. public_prefixes: the token sequences that all tenants share. about: how the model is computed, in short
-    words by name. created: when it was loaded, in seconds since 1970. tokenizer: the ETag of `TokenizerFiles`.
-    shared_tiers: by name.
+    epoch: of its cache's events; another one after each start. sequence: of the last of these events. names,
+    name_patterns: of the model, see `ServedModel`. fingerprint: of the model's weights and config. root: of its block
+    hashes. namespace: of its blocks' bytes. context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit:
+    hits are rounded down to a multiple of so many tokens. takes_borders: see `ServedModel`. exact: only blocks that are
+    bit-equal to a cold prefill's are reused. public_prefixes: the token sequences that all tenants share. about: how
+    the model is computed, in short words by name. created: when it was loaded, in seconds since 1970. tokenizer: the
+    ETag of `TokenizerFiles`. shared_tiers: by name.
     """
 
     worker_id: Name
@@ -96,6 +97,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     name_patterns: tuple[str, ...] = ()
     shared_tiers: dict[Name, SharedTier] = {}
     takes_borders: bool = False
+    sequence: Count = 0
 
 
 class TokenizerFiles(Struct, frozen=True, kw_only=True):

@@ -109,9 +109,11 @@ class WorkerRoutes:
     async def worker(self, _http: Request) -> Response:
         model, engine = self._served()
         files = await self._tokenizer_files(model)
+        events = engine.scheduler.cache.pool.events
         description = wire.WorkerDescription(
             worker_id=self._worker_id,
-            epoch=engine.scheduler.cache.pool.events.epoch,
+            epoch=events.epoch,
+            sequence=events.last_sequence,
             version=__version__,
             names=model.names,
             name_patterns=model.name_patterns.patterns,
@@ -430,7 +432,7 @@ def _message(message: object, headers: dict[str, str] | None = None) -> Response
 
 def _shared_tiers(engine: AssembledEngine) -> dict[str, wire.SharedTier]:
     stores = engine.tiers.shared() if engine.tiers is not None else {}
-    return {name: wire.SharedTier(store.store_id, store.is_listed) for name, store in stores.items()}
+    return {name: wire.SharedTier(store.store_id, store.is_listed, store.is_scanned) for name, store in stores.items()}
 
 
 def _ask(engine: AssembledEngine, command: Command[R]) -> Awaitable[R]:

@@ -63,10 +63,12 @@ class SharedStore:
     """A tier whose blocks other processes find, too.
 
     store_id: see `Tier`. is_listed: its blocks are known without I/O, so that a process that starts tells of them.
+    is_scanned: `Tier.scan` reads them.
     """
 
     store_id: bytes
     is_listed: bool
+    is_scanned: bool = False
 
 
 class Tier(Protocol):
@@ -78,8 +80,7 @@ class Tier(Protocol):
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
 
-    loses_blocks: whether blocks may go without any event: what evicts them says so to nobody. A look-up that does not
-    find one is then reported instead.
+    is_scanned: whether `scan` reads the blocks of a tier whose `block_hashes` are empty.
 
     store_id: equal in the tiers of all processes that find the same blocks, see `tiers.store_id`; None where no other
     process finds this one's, and while it is not known. It may change.
@@ -87,7 +88,7 @@ class Tier(Protocol):
 
     name: str
     store_id: bytes | None = None
-    loses_blocks: bool = False
+    is_scanned: bool = False
 
     @property
     def lookup_seconds(self) -> float | None:

@@ -24,9 +24,10 @@ from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, SharedStore, Tier
 from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.jobs import QueuedBlock, Remove, Store, Touch
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
 from emberkv.tiers.stats import StackStats, TierMeter, TierStats
-from emberkv.tiers.worker import EventHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
+from emberkv.tiers.worker import EventHook, Reading, TierWorker
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,11 @@ class TierManager:
     def shared(self) -> dict[str, SharedStore]:
         """The tiers whose blocks other processes find, too, by their names."""
         return {
-            worker.name: SharedStore(worker.tier.store_id, is_listed=worker.tier.lookup_seconds is None)
+            worker.name: SharedStore(
+                worker.tier.store_id,
+                is_listed=worker.tier.lookup_seconds is None,
+                is_scanned=worker.tier.is_scanned,
+            )
             for worker in self.workers
             if worker.tier.store_id is not None
         }
@@ -301,8 +306,8 @@ class TierManager:
             ended = self._ended()
         self._deliver(ended)
 
-    def query_ended(self, worker: TierWorker, query: Query, count: int) -> None:
-        """Take in a tier's answer to a look-up."""
+    def query_ended(self, worker: TierWorker, query: Query, count: int | None) -> None:
+        """Take in a tier's answer to a look-up; None: it has failed."""
         with self._lock:
             worker.answered(query, count)
             ended = self._ended()

@@ -8,10 +8,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from math import inf
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
@@ -19,7 +18,8 @@ from emberkv.core.hashing import TOKEN_BYTES
 from emberkv.core.loading import LookupStatus
 from emberkv.errors import BlockError
 from emberkv.tiers.base import Removed, Tier, TierEntry
-from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
+from emberkv.tiers.codec import BlockRecord, verified_record
+from emberkv.tiers.jobs import Check, Job, QueuedBlock, Remove, Store, Touch
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records, Timing
 from emberkv.tiers.stats import TierMeter
 
@@ -32,76 +32,12 @@ ANSWER_SECONDS = 2.0
 """How long a tier's answer to a query is taken for true. Other processes may store and evict blocks meanwhile; what an
 older answer says is not far wrong, because a block that has gone is computed instead."""
 
+MAX_KNOWN_BLOCKS = 65_536
+"""Blocks that a worker remembers to have been in its tier, where no index in memory says so."""
+
 Clock = Callable[[], float]
 EventHook = Callable[[Event], None]
 """Called with what has changed in a tier, on the thread that changes it; it must return at once."""
-
-
-@dataclass(eq=False, slots=True)
-class QueuedBlock:
-    """A block to store; its bytes are made by the first worker that needs them. size: what it keeps in memory."""
-
-    record: BlockRecord
-    owner: str
-    entry: TierEntry | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.entry.data) if self.entry else len(self.record.payload) + len(self.record.tokens)
-
-    def encoded(self, namespace: bytes) -> TierEntry:
-        if self.entry is None:
-            data = encode_record(self.record, namespace=namespace)
-            self.entry = TierEntry(self.record.block_hash, self.owner, data, self.record.exact)
-        return self.entry
-
-
-@dataclass(eq=False, slots=True)
-class Store:
-    """seen: see `Tier.store`."""
-
-    blocks: list[QueuedBlock]
-    size: int
-    seen: int
-
-
-@dataclass(eq=False, slots=True)
-class Touch:
-    block_hashes: Sequence[bytes]
-    size: int
-
-
-@dataclass(eq=False, slots=True)
-class Check:
-    """Read these blocks again and remove those that are not sound. They are not found until that is done."""
-
-    block_hashes: Collection[bytes]
-    size: int = 0
-
-    def hides(self, block_hash: bytes) -> bool:
-        return block_hash in self.block_hashes
-
-
-def _answer() -> "Future[Removed]":
-    """A future that its receiver cannot cancel: a removal is carried out in any case."""
-    future: Future[Removed] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-@dataclass(eq=False, slots=True)
-class Remove:
-    """block_hashes: None: all. They are not found from now on."""
-
-    block_hashes: Collection[bytes] | None
-    result: "Future[Removed]" = field(default_factory=_answer)
-    size: int = 0
-
-    def hides(self, block_hash: bytes) -> bool:
-        return self.block_hashes is None or block_hash in self.block_hashes
-
-
-Job = Store | Touch | Check | Remove
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +99,7 @@ class TierWorker:
         """By hash and whether only an exact block counts: whether it is there, and until when that is taken for true;
         the oldest first."""
         self._stalled: set[tuple[Onboarding, Piece] | Query] = set()
+        self._known: dict[bytes, None] = {}  # of a tier that is queried: blocks that were there, the latest last
 
     @property
     def name(self) -> str:
@@ -208,6 +145,7 @@ class TierWorker:
         self.queued_bytes += job.size
         if isinstance(job, Check | Remove):
             self._hidden = (*self._hidden, job)
+            self._forget(self._known.copy() if job.block_hashes is None else job.block_hashes)
             self._answers = {key: each for key, each in self._answers.items() if not job.hides(key[0])}
             for query in self._querying:  # one that is given up is not the manager's any more, but still remembered
                 query.remove(job.block_hashes)
@@ -287,39 +225,60 @@ class TierWorker:
                 return query
         return None
 
-    def query(self, query: Query) -> int:
-        """How many blocks are there, from the first on. A tier that fails has none."""
+    def query(self, query: Query) -> int | None:
+        """How many blocks are there, from the first on; None where the tier fails."""
         began = self._clock()
         try:
             return self.tier.query(query.block_hashes, exact=query.exact)
         except Exception as error:
             logger.exception("%s tier: a look-up failed and counts as a miss", self.name)
             self._failed(error)
-            return 0
+            return None
         finally:
             self.meter.queried(self._clock() - began)
 
-    def answered(self, query: Query, count: int) -> None:
-        """Remember an answer for a while, one that comes too late for its query included."""
+    def answered(self, query: Query, count: int | None) -> None:
+        """Remember an answer for a while, one that comes too late for its query included. None: the tier has failed,
+        which says nothing of any block.
+        """
         self._querying.discard(query)
         self._stalled.discard(query)
         query.ranks.discard(self.rank)
         now = self._clock()
         for key in [key for key, _ in takewhile(lambda item: item[1][1] <= now, self._answers.items())]:
             del self._answers[key]
-        for block_hash, there in query.answers(count):
+        found = []
+        for block_hash, there in query.answers(count) if count is not None else ():
             self._answers.pop((block_hash, query.exact), None)
             self._answers[block_hash, query.exact] = (there, now + ANSWER_SECONDS)
-            if self.tier.loses_blocks and not there and not query.exact:
-                self._report_missing(block_hash)
+            if there:
+                found.append(block_hash)
+            elif not query.exact and block_hash in self._known:
+                self._report_lost(block_hash)
+        self._remember(found)
 
-    def _report_missing(self, block_hash: bytes) -> None:
-        """The tier has just not found a block, and may have lost it: it is up, and the block is not being stored."""
+    def _remember(self, block_hashes: Iterable[bytes]) -> None:
+        """These are in the tier. A later look-up that does not find one reports that the tier has lost it."""
+        if self.tier.lookup_seconds is None:
+            return
+        for block_hash in block_hashes:
+            self._known.pop(block_hash, None)
+            self._known[block_hash] = None
+        for block_hash in list(islice(self._known, max(0, len(self._known) - MAX_KNOWN_BLOCKS))):
+            del self._known[block_hash]
+
+    def _forget(self, block_hashes: Iterable[bytes]) -> None:
+        for block_hash in block_hashes:
+            self._known.pop(block_hash, None)
+
+    def _report_lost(self, block_hash: bytes) -> None:
+        """The tier does not find a block any more. It has lost it, if it is up, and the block is not being stored."""
         jobs = (self._running, *self._jobs)
         stores = any(
             isinstance(job, Store) and any(each.record.block_hash == block_hash for each in job.blocks) for job in jobs
         )
         if not stores and self.tier.status(block_hash) is LookupStatus.PENDING:
+            self._forget((block_hash,))
             self._on_event(BlockRemoved((block_hash,), tier=self.name))
 
     def drop_removed(self, onboarding: Onboarding) -> None:
@@ -434,9 +393,13 @@ class TierWorker:
     def _refresh(self) -> None:
         self.tier.refresh()
         if self.tier.was_emptied():
+            with self.lock:
+                self._known.clear()
             self._on_event(AllBlocksCleared(self.name))
-        if gone := self.tier.lost_blocks():
-            self._on_event(BlockRemoved(tuple(gone), tier=self.name))
+        if lost := self.tier.lost_blocks():
+            with self.lock:
+                self._forget(lost)
+            self._on_event(BlockRemoved(tuple(lost), tier=self.name))
 
     def _store(self, blocks: Sequence[QueuedBlock], seen: int) -> None:
         lacking = [each for each in blocks if not self.tier.lookup((each.record.block_hash,), exact=each.record.exact)]
@@ -449,6 +412,9 @@ class TierWorker:
         stored = [each.record for each in lacking]
         if outcome.count < len(stored):
             stored = [each for each in stored if self.tier.query((each.block_hash,))]
+        with self.lock:
+            self._remember(each.block_hash for each in stored)
+            self._forget(outcome.evicted)
         for event in _stored_events(self.name, stored):
             self._on_event(event)
         if outcome.evicted:
@@ -456,7 +422,7 @@ class TierWorker:
 
     def _check(self, block_hashes: Sequence[bytes]) -> None:
         is_known = self.tier.lookup_seconds is None  # else a block that does not come may be there all the same
-        gone = []
+        removed = []
         for start in range(0, len(block_hashes), BATCH_BLOCKS):
             batch = block_hashes[start : start + BATCH_BLOCKS]
             for block_hash, entry in zip(batch, self.tier.load(batch), strict=True):
@@ -465,8 +431,8 @@ class TierWorker:
                     self.tier.remove((block_hash,), remember=False)
                     self.meter.refused(fault)
                 if fault or (is_known and not self.tier.lookup((block_hash,))):
-                    gone.append(block_hash)
-        self._report_removed(gone)
+                    removed.append(block_hash)
+        self._report_removed(removed)
 
     def _report_removed(self, block_hashes: Sequence[bytes]) -> None:
         if block_hashes:
@@ -499,5 +465,5 @@ def _stored_events(tier: str, records: Sequence[BlockRecord]) -> Iterator[BlockS
             start = stop
 
 
-AnswerHook = Callable[[TierWorker, Query, int], None]
+AnswerHook = Callable[[TierWorker, Query, int | None], None]
 ReadHook = Callable[[TierWorker, Onboarding, Piece, Reading], None]

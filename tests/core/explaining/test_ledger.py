@@ -25,6 +25,14 @@ def test_a_block_is_lost_when_it_leaves_its_last_place() -> None:
     assert ledger.cached_run(cached) == 1
 
 
+def test_a_block_that_was_removed_stays_so_where_a_tier_that_was_not_known_to_have_it_has_lost_it() -> None:
+    cached = chain(range(4))
+    ledger = ledger_with(cached)
+    ledger.left(POOL, cached.block_hashes, now=2.0, kind=LossKind.REMOVED)
+    ledger.left("remote", cached.block_hashes, now=3.0)
+    assert ledger.known(cached.block_hashes[0]).loss == Loss(POOL, 2.0, LossKind.REMOVED)
+
+
 def test_the_last_place_known_to_have_lost_a_block_is_told() -> None:
     cached = chain(range(4))
     ledger = ledger_with(cached)

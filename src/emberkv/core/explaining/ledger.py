@@ -147,7 +147,9 @@ class Ledger(LedgerView):
                 self._lost.pop(block_hash, None)
 
     def left(self, tier: str, block_hashes: Iterable[BlockHash], now: float, kind: LossKind = LossKind.EVICTED) -> None:
-        """Blocks are no longer in ``tier``; below the pool, whether or not their arrival there was recorded."""
+        """Blocks are no longer in ``tier``; below the pool, whether or not their arrival there was recorded. Where it
+        was not, a block that was removed before stays so.
+        """
         self._lose(tier, block_hashes, Loss(tier, now, kind))
 
     def cleared(self, tier: str, now: float) -> None:
@@ -214,11 +216,15 @@ class Ledger(LedgerView):
     def _lose(self, tier: str, block_hashes: Iterable[BlockHash], loss: Loss) -> None:
         held = self._held.setdefault(tier, set())
         for block_hash in block_hashes:
-            if tier == POOL and block_hash not in held:
+            if block_hash not in held and (tier == POOL or self._was_removed(block_hash)):
                 continue
             held.discard(block_hash)
             if block_hash in self._entries and not any(block_hash in other for other in self._held.values()):
                 self._mark(block_hash, loss)
+
+    def _was_removed(self, block_hash: BlockHash) -> bool:
+        entry = self._entries.get(block_hash)
+        return entry is not None and entry.loss is not None and entry.loss.kind is LossKind.REMOVED
 
     def _mark(self, block_hash: BlockHash, loss: Loss) -> None:
         self._entries[block_hash].loss = loss

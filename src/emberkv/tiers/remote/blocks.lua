@@ -5,9 +5,11 @@
 --   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
 --   lru:OWNER       sorted set: MEMBER by the number of its last use
 --   bytes           hash: owner -> bytes
---   state           hash: clock, total, floor, swept, cleared:NAMESPACE, key: drawn once, tells this server from others
+--   state           hash: clock, total, floor, swept, passed:OWNER, cleared:NAMESPACE, key: drawn once, tells this server
+--                   from others
 --   removed         sorted set: MEMBER by the number of its removal
---   gone:NAMESPACE  set: hashes of blocks that are gone though no process of the namespace asked for it
+--   lost:NAMESPACE  sorted set: hashes of blocks that are gone though no process of the namespace asked for it, by the
+--                   number of their loss; the last ones
 --   spaces          set: every namespace
 --
 -- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
@@ -17,8 +19,10 @@
 local REMEMBERED = 10000
 local SCANNED = 500
 local SWEEP_MICROSECONDS = 500000
-local REPORTED_AT_ONCE = 1000
-local UNREPORTED_MS = 3600000
+local SWEPT_AT_ONCE = 1000
+local REMEMBERED_LOSSES = 20000
+local REMEMBERED_LOSSES_MS = 600000
+local REPORTED_AT_ONCE = 2000
 
 local operation, prefix, space = ARGV[1], ARGV[2], ARGV[3]
 local STATE, BYTES, REMOVED, SPACES = prefix .. 'state', prefix .. 'bytes', prefix .. 'removed', prefix .. 'spaces'
@@ -75,12 +79,16 @@ local function drop(member, entry)
   add_bytes(entry.owner, -entry.size)
 end
 
--- As `drop`, of a block whose namespace's processes do not know that it goes: the next `state` of one of them reports it.
+-- As `drop`, of a block whose namespace's processes do not know that it goes: the next `state` of each of them reports it.
 local function lose(member, entry)
   drop(member, entry)
   local name, hash = space_of(member)
-  redis.call('SADD', prefix .. 'gone:' .. name, hash)
-  redis.call('PEXPIRE', prefix .. 'gone:' .. name, UNREPORTED_MS)
+  local losses = prefix .. 'lost:' .. name
+  now = now + 1
+  redis.call('ZADD', losses, text(now), hash)
+  redis.call('ZREMRANGEBYSCORE', losses, '-inf', text(now - REMEMBERED_LOSSES_MS * 1000))
+  redis.call('ZREMRANGEBYRANK', losses, 0, -REMEMBERED_LOSSES - 1)
+  redis.call('PEXPIRE', losses, REMEMBERED_LOSSES_MS)
 end
 
 -- The entry of a member; nil where its record has expired, or was taken away by the server.
@@ -93,8 +101,11 @@ local function present(member)
   return entry
 end
 
+-- A process whose time to live is shorter than another's does not shorten the block's.
 local function use(member, entry, number, ttl)
-  redis.call('PEXPIRE', prefix .. 'b:' .. member, ttl)
+  if redis.call('PTTL', prefix .. 'b:' .. member) < ttl then
+    redis.call('PEXPIRE', prefix .. 'b:' .. member, ttl)
+  end
   redis.call('ZADD', prefix .. 'lru:' .. entry.owner, text(number), member)
 end
 
@@ -140,35 +151,44 @@ local function make_room(owner, size, limit, shares, evicted)
     return false
   end
   while true do
-    local gone
+    local evictable
     if quota >= 0 and (owned[owner] or 0) + size > quota then
-      gone = oldest(owner)
+      evictable = oldest(owner)
     elseif total + size > limit then
-      gone = victim(owner, shares)
+      evictable = victim(owner, shares)
     else
       return true
     end
-    if not gone then
+    if not evictable then
       return false
     end
-    if space_of(gone.member) == space then
-      drop(gone.member, gone.entry)
-      evicted[#evicted + 1] = string.sub(gone.member, 17)
+    if space_of(evictable.member) == space then
+      drop(evictable.member, evictable.entry)
+      evicted[#evicted + 1] = string.sub(evictable.member, 17)
     else
-      lose(gone.member, gone.entry)
+      lose(evictable.member, evictable.entry)
       evicted.others = evicted.others + 1
     end
   end
 end
 
+-- Of the blocks that were not used for `ttl`, take those away whose records have expired; a record that another process
+-- has stored may live longer. Each call goes on where the last one has ended, so that such records hold nothing up.
 local function expire(ttl)
+  local until_number = text(now - ttl * 1000)
   for owner, _ in pairs(owned) do
-    local until_number = text(now - ttl * 1000)
-    for _, member in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'lru:' .. owner, '-inf', until_number, 'LIMIT', 0, 1000)) do
-      local entry = meta(member)
-      if entry then
-        lose(member, entry)
-      end
+    local from = redis.call('HGET', STATE, 'passed:' .. owner)
+    local found = redis.call(
+      'ZRANGEBYSCORE', prefix .. 'lru:' .. owner, from and '(' .. from or '-inf', until_number,
+      'WITHSCORES', 'LIMIT', 0, SWEPT_AT_ONCE
+    )
+    for at = 1, #found, 2 do
+      present(found[at])
+    end
+    if #found == 2 * SWEPT_AT_ONCE then
+      redis.call('HSET', STATE, 'passed:' .. owner, text(tonumber(found[#found])))
+    elseif from then
+      redis.call('HDEL', STATE, 'passed:' .. owner)
     end
   end
 end
@@ -225,7 +245,7 @@ operations.store = function()
       if make_room(owner, size, limit, shares, evicted) then
         redis.call('SET', prefix .. 'b:' .. member, ARGV[at + 4], 'PX', ttl)
         redis.call('SADD', SPACES, space)
-        redis.call('SREM', prefix .. 'gone:' .. space, hash)
+        redis.call('ZREM', prefix .. 'lost:' .. space, hash)
         redis.call('HSET', prefix .. 'meta:' .. space, hash, table.concat({ exact, ARGV[at + 3], text(now), owner }, ':'))
         redis.call('ZADD', prefix .. 'lru:' .. owner, text(now), member)
         add_bytes(owner, size)
@@ -244,10 +264,11 @@ operations.use = function()
   allow_growth()
   local found = {}
   now = now + #ARGV - 4
+  local first = now
   for at = 5, #ARGV do
     local entry = present(space .. ARGV[at])
     if entry then
-      use(space .. ARGV[at], entry, now - at + 5, tonumber(ARGV[4]))
+      use(space .. ARGV[at], entry, first - at + 5, tonumber(ARGV[4]))
     end
     found[at - 4] = entry and (entry.exact and '1' or '0') .. ':' .. entry.owner or ''
   end
@@ -303,8 +324,9 @@ operations.clear = function()
   return { text(number), scan[1], count }
 end
 
--- time to live (ms), a key for a server that has none: forget what has expired, once in a while over all processes
--- -> 1 where the index was begun anew, hashes of blocks that are gone, each of which one process is given, the server's key
+-- time to live (ms), number of the last loss that the process knows of ("" for none), a key for a server that has none:
+-- forget what has expired, once in a while over all processes -> 1 where the index was begun anew, the number of the last
+-- loss that is given or was before the first call, hashes of blocks that were lost after the one known, the server's key
 operations.state = function()
   allow_growth()
   local mended = 0
@@ -313,9 +335,20 @@ operations.state = function()
     expire(tonumber(ARGV[4]))
     mended = mend()
   end
-  redis.call('HSETNX', STATE, 'key', ARGV[5])
-  local gone = redis.call('SPOP', prefix .. 'gone:' .. space, REPORTED_AT_ONCE)
-  return { mended, gone, redis.call('HGET', STATE, 'key') }
+  redis.call('HSETNX', STATE, 'key', ARGV[6])
+  local key = redis.call('HGET', STATE, 'key')
+  local known, losses = tonumber(ARGV[5]), {}
+  if not known or known > now then
+    return { mended, text(now), losses, key }
+  end
+  local found = redis.call(
+    'ZRANGEBYSCORE', prefix .. 'lost:' .. space, '(' .. text(known), '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
+  )
+  for at = 1, #found, 2 do
+    losses[#losses + 1] = found[at]
+    known = tonumber(found[at + 1])
+  end
+  return { mended, text(known), losses, key }
 end
 
 local all = redis.call('HGETALL', BYTES)

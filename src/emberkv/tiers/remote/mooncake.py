@@ -61,7 +61,6 @@ class MooncakeTier(Tier):
     """
 
     refresh_seconds = REFRESH_SECONDS
-    loses_blocks = True
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class RemoteTier(Tier):
     """
 
     refresh_seconds = REFRESH_SECONDS
+    is_scanned = True
 
     def __init__(
         self,
@@ -90,12 +91,13 @@ class RemoteTier(Tier):
         self._unremoved: set[bytes] = set()
         self._uncleared = False
         self._had_blocks = self._was_emptied = False  # of this model, by stores and refreshes
-        self._gone: list[bytes] = []
+        self._last_loss: bytes | str = ""  # the number of the last loss that the server has told of
+        self._lost: list[bytes] = []
 
     def connect(self) -> "RemoteTier":
         """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
         try:
-            self._look()
+            self._call_state()
         except RemoteTierError as error:
             if error.kind == "access refused":
                 raise ConfigError(
@@ -136,6 +138,10 @@ class RemoteTier(Tier):
         return start
 
     def scan(self, cursor: int) -> tuple[list[bytes], int | None]:
+        if not self._server.breaker.is_closed:
+            raise RemoteTierError(
+                "the server of the remote tier: it is not asked, because it has failed", kind="circuit open"
+            )
         found, following = self._server.scan(cursor)
         return [each for each in found if not self._is_hidden(each)], following or None
 
@@ -203,8 +209,7 @@ class RemoteTier(Tier):
             return
         try:
             self._remove_left()
-            if self._look():
-                self._troubles.count("index lost")
+            self._call_state()
         except RemoteTierError:
             return
         has_blocks = self._server.contents.own_entries > 0
@@ -217,11 +222,12 @@ class RemoteTier(Tier):
         return emptied
 
     def lost_blocks(self) -> list[bytes]:
-        """Those that have expired, or that the server or processes of other models have evicted. Of all processes with
-        this namespace, one gets each.
+        """Those that have expired since this process first reached the server, or that the server or processes of other
+        models have evicted, and that were not stored again. Each process with this namespace gets all of them, if it
+        refreshes within ten minutes and 20,000 losses.
         """
-        gone, self._gone = self._gone, []
-        return gone
+        lost, self._lost = self._lost, []
+        return lost
 
     def stats(self) -> TierStats:
         contents = self._server.contents
@@ -286,22 +292,24 @@ class RemoteTier(Tier):
         for entry in entries:
             size = len(entry.data) + ENTRY_BYTES
             blocks += [entry.block_hash, int(entry.exact), entry.owner, size, entry.data]
-        kept, no_room, removed, others, gone = self._server.call(
+        kept, no_room, removed, others, own = self._server.call(
             "store", seen, self._max_bytes, self._ttl_ms, self._shares, *blocks
         )
-        evicted += gone
+        evicted += own
         self._skip("no room", no_room)
         self._skip("removed meanwhile", removed)
         with self._lock:
-            self._evictions += len(gone) + others
+            self._evictions += len(own) + others
         return int(kept)
 
-    def _look(self) -> bool:
-        """Ask the server which blocks are gone, and which server it is; whether it has begun its index anew."""
-        is_new_index, gone, key = self._server.call("state", self._ttl_ms, self._draw(ID_BYTES))
-        self._gone += gone
+    def _call_state(self) -> None:
+        """Ask the server which blocks it has lost since the last time, and which server it is."""
+        arguments = self._ttl_ms, self._last_loss, self._draw(ID_BYTES)
+        is_new_index, self._last_loss, lost, key = self._server.call("state", *arguments)
+        self._lost += lost
         self.store_id = kept_id(key, self._namespace)
-        return bool(is_new_index)
+        if is_new_index:
+            self._troubles.count("index lost")
 
     def _remove_left(self) -> None:
         with self._lock:

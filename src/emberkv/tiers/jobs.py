@@ -1,0 +1,75 @@
+"""What a tier's worker is given to do, one after the other."""
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.codec import BlockRecord, encode_record
+
+
+@dataclass(eq=False, slots=True)
+class QueuedBlock:
+    """A block to store; its bytes are made by the first worker that needs them. size: what it keeps in memory."""
+
+    record: BlockRecord
+    owner: str
+    entry: TierEntry | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.entry.data) if self.entry else len(self.record.payload) + len(self.record.tokens)
+
+    def encoded(self, namespace: bytes) -> TierEntry:
+        if self.entry is None:
+            data = encode_record(self.record, namespace=namespace)
+            self.entry = TierEntry(self.record.block_hash, self.owner, data, self.record.exact)
+        return self.entry
+
+
+@dataclass(eq=False, slots=True)
+class Store:
+    """seen: see `Tier.store`."""
+
+    blocks: list[QueuedBlock]
+    size: int
+    seen: int
+
+
+@dataclass(eq=False, slots=True)
+class Touch:
+    block_hashes: Sequence[bytes]
+    size: int
+
+
+@dataclass(eq=False, slots=True)
+class Check:
+    """Read these blocks again and remove those that are not sound. They are not found until that is done."""
+
+    block_hashes: Collection[bytes]
+    size: int = 0
+
+    def hides(self, block_hash: bytes) -> bool:
+        return block_hash in self.block_hashes
+
+
+def _answer() -> "Future[Removed]":
+    """A future that its receiver cannot cancel: a removal is carried out in any case."""
+    future: Future[Removed] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+@dataclass(eq=False, slots=True)
+class Remove:
+    """block_hashes: None: all. They are not found from now on."""
+
+    block_hashes: Collection[bytes] | None
+    result: "Future[Removed]" = field(default_factory=_answer)
+    size: int = 0
+
+    def hides(self, block_hash: bytes) -> bool:
+        return self.block_hashes is None or block_hash in self.block_hashes
+
+
+Job = Store | Touch | Check | Remove
