@@ -1,5 +1,6 @@
 """What a gateway learns of a store that no worker's snapshot lists, such as a Redis server."""
 
+import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -199,5 +200,41 @@ async def test_a_store_that_cannot_be_read_is_never_asked_for() -> None:
     async with followed(worker) as membership:
         await until(lambda: membership.workers[0].exact)
         worker.change(log=(*worker.log, stored(BLOCKS[0])))
-        await until(lambda: each_known(membership) == [True, False, False])
+        await until(lambda: each_known(membership) == [True, True, False])
         assert worker.scans == []
+
+
+@on_a_loop
+async def test_a_server_is_read_again_when_a_worker_has_restarted_that_sends_no_events_yet() -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
+        async with followed(worker) as membership:
+            await until(lambda: each_known(membership) == [True, True, True])
+            worker.die()
+            await until(lambda: not membership.up)
+            worker.stored = BLOCKS[:1]
+            worker.restart()
+            await until(lambda: each_known(membership) == [True, False, False])
+
+
+@on_a_loop
+async def test_a_server_is_not_asked_again_through_any_worker_before_a_pause() -> None:
+    workers = [FakeWorker(name, shared_tiers={"remote": STORE}, stored=None) for name in "ab"]
+    pauses, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        pauses.set()
+        await goes_on.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Membership, "_pause", lambda _membership: pause())
+        async with followed(*workers) as membership:
+            await until(pauses.is_set)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert sum(len(worker.scans) for worker in workers) <= len(workers)
+            for worker in workers:
+                worker.stored = BLOCKS
+            goes_on.set()
+            await until(lambda: each_known(membership) == [True, True, True])

@@ -112,7 +112,10 @@ def test_the_next_question_finds_all_before_its_text(cluster: Cluster) -> None:
         called = session.ask("required", role="user", content=f"Another question {tried}. {TEXT}")
         session.answer_call(called)
         eventually(lambda: gateway.metric("emberkv_next_turn_prompts_total", outcome="computed") > computed)
+        answered = session.worker
+        Session(gateway).ask("none", role="user", content="Meanwhile?")  # so that the next one is for that worker
         session.ask("none", role="user", content="?")
+        assert session.worker == answered
         return session.cached_tokens >= session.prompt_tokens - 2 * BLOCK
 
     eventually(is_found)

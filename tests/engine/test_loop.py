@@ -101,7 +101,7 @@ def test_a_prompt_leaves_a_checkpoint_before_its_last_token_and_at_its_borders()
                 usage = inbox.outputs[0].usage
                 assert usage is not None
                 found = usage.cached_tokens
-        assert harness.loop.stats().checkpoints["used"] == (found % BLOCK > 0)
+        assert harness.loop.stats().checkpoints["hits"] == (found % BLOCK > 0)
         return found
 
     other = [*prompt[:10], 40, 41]

@@ -304,10 +304,13 @@ class Membership:
         if self.router.index is not None:
             self.router.index.share(worker.slot, worker.shared)
         self._update_stores()
-        if before is not None and before.epoch == description.epoch and worker.shared != shared_before:
-            self._read_stores_again(worker)  # what it stored there before it shared the store counted for it alone
-        # without an index, nothing comes of a snapshot
-        worker.reader.begin(description.epoch, 0 if self.router.index is None else description.sequence)
+        if before is not None and (before.epoch != description.epoch or worker.shared != shared_before):
+            # The last events of a process that has ended may not have come, and what a worker has stored before it
+            # shared the store counted for it alone.
+            self._read_stores_again(worker)
+        # Of a store that is neither listed nor read, events alone tell; without an index, nothing comes of a snapshot.
+        unread = any(not (tier.is_listed or tier.is_scanned) for tier in description.shared_tiers.values())
+        worker.reader.begin(description.epoch, 0 if self.router.index is None or unread else description.sequence)
         return True
 
     def _unkept(self, worker: Worker) -> list[str]:

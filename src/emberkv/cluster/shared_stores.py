@@ -33,6 +33,7 @@ class SharedStores:
         self._pause = pause
         self._known: set[_Store] = set()  # that were read, or are to be
         self._due: set[_Store] = set()  # to be read from the beginning
+        self._outdated: set[_Store] = set()  # of these, where what is known may be wrong
         self._tasks: dict[_Store, asyncio.Task[None]] = {}
 
     def update(self) -> None:
@@ -40,6 +41,7 @@ class SharedStores:
         held = {store for worker in self._workers() for store in _stores(worker)}
         for store in self._known - held:
             self._due.discard(store)
+            self._outdated.discard(store)
             if (task := self._tasks.pop(store, None)) is not None:
                 task.cancel()
         new = held - self._known
@@ -58,6 +60,7 @@ class SharedStores:
     def _read(self, stores: Iterable[_Store]) -> None:
         for store in stores:
             self._due.add(store)
+            self._outdated.add(store)
             if store not in self._tasks:
                 self._tasks[store] = asyncio.create_task(self._follow(store), name=f"read the {store[0]} tier")
 
@@ -69,32 +72,35 @@ class SharedStores:
                 del self._tasks[store]
 
     async def _read_until_complete(self, store: _Store) -> None:
-        failed: Worker | None = None
+        failed: set[Worker] = set()  # since the last pause
         while store in self._due:
             members = [each for each in self._workers() if store in _stores(each) and each.status is WorkerStatus.UP]
-            others = [each for each in members if each is not failed]
-            if not members:
+            others = [each for each in members if each not in failed]
+            if not others:
+                failed.clear()
                 await self._pause()
                 continue
-            worker = (others or members)[0]
+            worker = others[0]
             self._due.discard(store)
             try:
                 if await self._scan(store, worker):
                     continue
             except EmberError as error:
                 _log.warning("worker %s does not say what its %s tier has: %s", worker, store[0], error)
+            except Exception:  # noqa: BLE001 - a fault in what one worker sent must not end that the store is read
+                _log.exception("reading the %s tier through worker %s failed", store[0], worker)
             self._due.add(store)
-            failed = worker
-            if not others:
-                await self._pause()
+            failed.add(worker)
 
     async def _scan(self, store: _Store, worker: Worker) -> bool:
-        """Whether all was read. What was known before may be wrong, so that it is forgotten first: then no event that
-        comes meanwhile is forgotten with it.
+        """Whether all was read. What was known before may be wrong, so that it is forgotten first, and only once: no
+        event that comes meanwhile, or between two attempts, is forgotten with it.
         """
         tier, slot = store[0], worker.slot
         assert slot is not None, "a worker without a slot has no stores"
-        self._index.clear(slot, tier)
+        if store in self._outdated:
+            self._outdated.discard(store)
+            self._index.clear(slot, tier)
         cursor: int | None = 0
         while cursor is not None:
             some = await worker.connection.stored(tier, cursor)

@@ -173,19 +173,24 @@ local function make_room(owner, size, limit, shares, evicted)
 end
 
 -- Of the blocks that were not used for `ttl`, take those away whose records have expired; a record that another process
--- has stored may live longer. Each call goes on where the last one has ended, so that such records hold nothing up.
+-- has stored may live longer. Each call goes on where the last one has ended, so that such records hold nothing up, and
+-- takes no more in all than processes read of the losses meanwhile.
 local function expire(ttl)
-  local until_number = text(now - ttl * 1000)
+  local until_number, owners = text(now - ttl * 1000), 0
+  for _ in pairs(owned) do
+    owners = owners + 1
+  end
+  local most = math.max(1, math.floor(SWEPT_AT_ONCE / math.max(1, owners)))
   for owner, _ in pairs(owned) do
     local from = redis.call('HGET', STATE, 'passed:' .. owner)
     local found = redis.call(
       'ZRANGEBYSCORE', prefix .. 'lru:' .. owner, from and '(' .. from or '-inf', until_number,
-      'WITHSCORES', 'LIMIT', 0, SWEPT_AT_ONCE
+      'WITHSCORES', 'LIMIT', 0, most
     )
     for at = 1, #found, 2 do
       present(found[at])
     end
-    if #found == 2 * SWEPT_AT_ONCE then
+    if #found == 2 * most then
       redis.call('HSET', STATE, 'passed:' .. owner, text(tonumber(found[#found])))
     elseif from then
       redis.call('HDEL', STATE, 'passed:' .. owner)
