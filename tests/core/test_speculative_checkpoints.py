@@ -1,4 +1,4 @@
-"""Checkpoints that no prompt has parted at yet: when they are left, for whom they make room, and when they stay."""
+"""Checkpoints that no prompt has parted at yet: when they are left, when the oldest is dropped, and when they stay."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -236,7 +236,7 @@ def test_a_limit_below_one_is_tried_again_once_in_a_while() -> None:
     kept.missing([b"a", b"b"], 0)
     owner = kept.of("")
     assert owner.limit == 0
-    tried = [owner.is_worth_trying(CheckpointKind.HINT, has_blank=False) for _ in range(TRIED_ONE_IN)]
+    tried = [owner.decide_on(CheckpointKind.HINT, has_blank=False) for _ in range(TRIED_ONE_IN)]
     assert tried == [False] * (TRIED_ONE_IN - 1) + [True]
     assert owner.limit == 1
 

@@ -179,7 +179,7 @@ class BlockPool:
         if kind is CheckpointKind.BRANCH:
             self._speculation.confirm(block)
             block.keep_when_extended = True
-        elif not block.keep_when_extended and not block.retained and self._has_place(block.owner):
+        elif not block.keep_when_extended and not block.retained and self._allows_speculative(block.owner):
             block.keep_when_extended = True
             self._speculation.add(block, kind)
 
@@ -188,14 +188,16 @@ class BlockPool:
         if kind is CheckpointKind.BRANCH:
             return True
         owners, has_blank = self._speculation.of(owner), self._has_blank_for(owner)
-        return owners.is_worth_trying(kind, has_blank=has_blank) and (self._has_place(owner) or bool(owners.oldest()))
+        return owners.decide_on(kind, has_blank=has_blank) and (
+            self._allows_speculative(owner) or bool(owners.oldest())
+        )
 
-    def make_room_for_speculative(self, owner: str) -> bool:
-        """Whether ``owner`` may have one more speculative checkpoint; without a place, its oldest one makes room."""
-        return self._has_place(owner) or self._drop_speculative(owner)
+    def admit_speculative(self, owner: str) -> bool:
+        """Whether ``owner`` may have one more speculative checkpoint; at its limit, its oldest one is dropped first."""
+        return self._allows_speculative(owner) or self._drop_speculative(owner)
 
-    def _has_place(self, owner: str) -> bool:
-        """Whether a blank block is there for a speculative checkpoint of ``owner``, or its limit allows one more."""
+    def _allows_speculative(self, owner: str) -> bool:
+        """Whether a blank block is there for one more speculative checkpoint of ``owner``, or its limit allows it."""
         return self._has_blank_for(owner) or not self._speculation.of(owner).is_full
 
     def _has_blank_for(self, owner: str) -> bool:
@@ -242,7 +244,7 @@ class BlockPool:
         wanted = list(block_hashes)
         for block in self._partial_among(wanted):
             block.retained = True
-            self._speculation.confirm(block)  # not to make room for others
+            self._speculation.confirm(block)  # a retained one is not dropped for others
         return self.policy.retain(wanted, until)
 
     def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
@@ -455,14 +457,14 @@ class BlockPool:
     def _supersede(self, shorter: Block) -> None:
         """Forget a partial block: a longer block that begins with its tokens is found now.
 
-        Not one that is kept, nor a retained one: other prompts go on from it, and blocks are copied whole. Then any
-        other becomes speculative, if there is a place for one more: its prompt's next message may be written anew.
+        Not one that is kept, nor a retained one: other prompts go on from it, and blocks are copied whole. Any other
+        becomes speculative, if one more is allowed: its prompt's next message may be written anew.
         """
         if shorter.keep_when_extended or shorter.retained:
             return
         owner, kind = shorter.owner, CheckpointKind.ANSWER_END
         is_long = 0 < self._least_speculative <= shorter.num_tokens
-        if is_long and self._has_place(owner) and self.is_worth_a_checkpoint(owner, kind):
+        if is_long and self._allows_speculative(owner) and self.is_worth_a_checkpoint(owner, kind):
             shorter.keep_when_extended = True
             self._speculation.add(shorter, kind)
         else:

@@ -90,7 +90,11 @@ class OwnerCheckpoints:
 
     @property
     def limit(self) -> float:
-        return min(self._adapted, self._num_owned() / LARGEST_SHARE)
+        return min(self._adapted, self._most)
+
+    @property
+    def _most(self) -> float:
+        return self._num_owned() / LARGEST_SHARE
 
     @property
     def is_full(self) -> bool:
@@ -100,10 +104,10 @@ class OwnerCheckpoints:
     def is_too_large(self) -> bool:
         return len(self.entries) > self.limit
 
-    def is_worth_trying(self, kind: CheckpointKind, *, has_blank: bool) -> bool:
-        """Whether one more is to be left, which costs a step and the copy of a block.
+    def decide_on(self, kind: CheckpointKind, *, has_blank: bool) -> bool:
+        """Decide whether one more is to be left, which costs a step and the copy of a block. Refusals are counted.
 
-        Not if there is no place for one, nor while none of its kind is ever used; but then one in a while is left, so
+        Not if the limit allows none, nor while none of its kind is used; but then one in `TRIED_ONE_IN` is left, so
         that both can change. has_blank: whether the owner can have a block that holds nothing.
         """
         if (has_blank or self.limit >= 1) and self._unused[kind] < GIVEN_UP_AFTER:
@@ -131,17 +135,13 @@ class OwnerCheckpoints:
         if entry.uses < PROVEN_USES:
             self.entries[block_hash] = entry
 
-    @property
-    def _most(self) -> float:
-        return self._num_owned() / LARGEST_SHARE
-
     def missed(self, block_hash: BlockHash) -> None:
         """A prompt misses one of ``evicted``."""
         del self.evicted[block_hash]
         self._adapted = max(0.0, self.limit - 1)
 
     def oldest(self) -> Block | None:
-        """The one to make room; None where each is held."""
+        """The one to be dropped first; None where each is held."""
         return next((entry.block for entry in self.entries.values() if not entry.block.ref_count), None)
 
 
@@ -163,7 +163,7 @@ class Speculation:
         return sum(len(each.entries) for each in self._owners.values())
 
     def of(self, owner: str) -> OwnerCheckpoints:
-        """An owner's."""
+        """An owner's, with none at first."""
         found = self._owners.get(owner)
         if found is None:
             found = OwnerCheckpoints(self._first_limit, self._block_size, lambda: self._num_owned(owner))
@@ -213,7 +213,7 @@ class Speculation:
         self._forget_oldest_evicted(owner)
 
     def evicted(self, blocks: Iterable[Block]) -> None:
-        """Cached blocks have to make room for others, or for their owner's quota."""
+        """Cached blocks are evicted, for other blocks or by their owner's quota."""
         for block in blocks:
             owner = self._owners.get(block.owner)
             if owner is not None and owner.entries and not block.partial and block.block_hash is not None:

@@ -220,7 +220,7 @@ class Lease:
         if known is not None:
             pool.keep_partial(known, kind)
             return
-        if kind is not CheckpointKind.BRANCH and not pool.make_room_for_speculative(owner):
+        if kind is not CheckpointKind.BRANCH and not pool.admit_speculative(owner):
             return
         if not pool.free_for(owner):
             return

@@ -439,7 +439,7 @@ def _with_borders(rendered: RenderedPrompt, spliced: SplicedPrompt, model: Serve
         )
         try:
             text = _spliced(cut, model).text
-        except RequestError:  # as for a mark
+        except RequestError:  # the template refuses such a conversation, so that nobody can send it
             continue
         found.add(covered_tokens(model.tokenizer, spliced.text, token_ids, text, spliced.known))
     return replace(rendered, borders=tuple(sorted(found)))
