@@ -165,6 +165,17 @@ async def test_a_server_that_did_not_answer_is_read_when_it_does() -> None:
 
 
 @on_a_loop
+async def test_a_fault_in_what_a_worker_sends_does_not_end_that_the_server_is_read() -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=[None])  # type: ignore[list-item]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
+        async with followed(worker) as membership:
+            await until(lambda: len(worker.scans) > 1)
+            worker.stored = BLOCKS
+            await until(lambda: known(membership, 1) == [{"remote": 3}])
+
+
+@on_a_loop
 async def test_another_worker_is_asked_where_one_ends_while_its_server_is_read() -> None:
     dying = FakeWorker("a", shared_tiers={"remote": STORE}, stored=BLOCKS)
     other = FakeWorker("b", shared_tiers={"remote": STORE}, stored=BLOCKS)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from queue import SimpleQueue
@@ -329,6 +330,24 @@ def test_each_process_learns_of_the_blocks_that_have_expired(server: RedisProces
     eventually(all_found)
     assert [sorted(each) for each in found.values()] == [sorted(IDS[:3])] * 2
     assert [lost(writer), lost(reader)] == [[], []]
+
+
+def test_one_look_forgets_no_more_blocks_of_several_owners_than_a_process_reads_at_once(server: RedisProcess) -> None:
+    tier, lost_at_once, each = opened(server, ttl_seconds=0.05), [], 800
+    tier.store(
+        [
+            replace(ENTRIES[0], block_hash=number.to_bytes(32), owner=owner)
+            for owner, first in (("ann", 0), ("bob", each))
+            for number in range(first, first + each)
+        ]
+    )
+
+    def all_found() -> bool:
+        lost_at_once.append(len(lost(tier)))
+        return sum(lost_at_once) == 2 * each
+
+    eventually(all_found)
+    assert max(lost_at_once) <= 1000
 
 
 def test_a_process_with_a_shorter_time_to_live_leaves_the_blocks_of_others(
