@@ -14,9 +14,9 @@ MAX_BYTES = 16 << 20
 
 
 class _Prompt(NamedTuple):
-    """borders: what its block hashes depend on beside its tokens. tokens: of its full blocks, encoded."""
+    """identity: what its block hashes depend on beside its tokens. tokens: of its full blocks, encoded."""
 
-    borders: tuple[BlockHash, bytes, int]
+    identity: tuple[BlockHash, bytes, int]
     tokens: bytes
     block_hashes: list[BlockHash]
 
@@ -52,18 +52,18 @@ class RecentChains:
         ids = token_array(tokens)
         full = len(ids) // self._block_size
         public_blocks = min(public_blocks, full)
-        borders = root, salt, public_blocks
+        identity = root, salt, public_blocks
         encoded = encode_tokens(ids[: full * self._block_size])
         with self._lock:
-            known = self._known(borders, encoded)
+            known = self._known(identity, encoded)
         chain = TokenChain(
             root, ids, self._block_size, owner=owner, salt=salt, public_blocks=public_blocks, known=known
         )
         if remember and full:
-            self._remember(_Prompt(borders, encoded, chain.block_hashes[:full]))
+            self._remember(_Prompt(identity, encoded, chain.block_hashes[:full]))
         return chain
 
-    def _known(self, borders: tuple[BlockHash, bytes, int], tokens: bytes) -> Iterable[BlockHash]:
+    def _known(self, identity: tuple[BlockHash, bytes, int], tokens: bytes) -> Iterable[BlockHash]:
         """The block hashes of the blocks that are also a remembered prompt's.
 
         A turn goes on behind the whole of the one before, so a look at where the shorter of two ends finds it. If none
@@ -71,7 +71,7 @@ class RecentChains:
         """
         width, best, most = self._width, None, 0
         for prompt in self._prompts:
-            if prompt.borders != borders:
+            if prompt.identity != identity:
                 continue
             end = min(len(tokens), len(prompt.tokens))
             if end > most and prompt.tokens[end - width : end] == tokens[end - width : end]:
