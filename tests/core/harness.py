@@ -155,7 +155,10 @@ class Harness:
         self.check()
         for block in self.pool.take_committed():
             assert block.block_hash is not None
-            self._check_content(block.block_hash)
+            if block.partial:
+                self._check_partial(block)
+            else:
+                self._check_content(block.block_hash)
             if self.lower is not None:
                 self.lower.put([block.block_hash], exact=block.exact)
         return finished
@@ -170,15 +173,19 @@ class Harness:
             assert block.ref_count == 1
             assert block.block_hash is None
             exact.append(self.lower.places[block_hash][1])
-            self._fill(block, load.chain, load.start + index, exact[-1])
+            is_partial = load.partial is not None and index == load.num_full
+            count_in_block = load.partial.count if load.partial is not None and is_partial else self.block_size
+            self._fill(block, load.chain, load.start + index, exact[-1], count_in_block)
         self.scheduler.loaded(load, exact)
         self.check()
 
-    def _fill(self, block: Block, source: Chain, position: int, exact: bool) -> None:
-        """What a cold run leaves in block ``position`` of a chain; a chain of the tests starts at its root."""
+    def _fill(self, block: Block, source: Chain, position: int, exact: bool, count: int) -> None:
+        """What a cold run leaves in block ``position`` of a chain with the first ``count`` tokens of that; a chain of
+        the tests starts at its root.
+        """
         assert isinstance(source, TokenChain)
         stream = source.root + source.encoded()
-        for offset in range(self.block_size):
+        for offset in range(count):
             end = ROOT_BYTES + (position * self.block_size + offset + 1) * TOKEN_BYTES
             self._set(block, offset, Cell(stream[:end], exact))
             self.states[block.block_id] = stream[:end]

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from emberkv.core.hashing import BlockHash
-from emberkv.core.loading import BlockRun, LookupStatus
+from emberkv.core.hashing import BlockHash, Chain, partial_hash
+from emberkv.core.loading import BlockRun, LookupStatus, StoredPartial
 
 
 @dataclass
 class FakeTiers:
-    """places: the tier and exactness of each block. block_seconds: by tier; token_seconds: of computing.
+    """places: the tier and exactness of each block, of partial ones too. block_seconds: by tier; token_seconds: of
+    computing.
     pending: blocks of which a tier cannot tell whether it has them.
     """
 
@@ -22,6 +23,13 @@ class FakeTiers:
 
     def put(self, block_hashes: Sequence[BlockHash], tier: str = "disk", *, exact: bool = True) -> None:
         self.places.update((block_hash, (tier, exact)) for block_hash in block_hashes)
+
+    def put_partial(self, tokens: Chain, position: int, count: int, tier: str = "disk") -> BlockHash:
+        """The first ``count`` tokens of block ``position`` of a chain, as a partial block; its hash."""
+        start = position * tokens.block_size
+        block_hash = partial_hash(tokens.parent(position), tokens.encoded_slice(start, start + count))
+        self.put([block_hash], tier)
+        return block_hash
 
     def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
         self.asked += 1
@@ -36,6 +44,15 @@ class FakeTiers:
 
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         return LookupStatus.PENDING if block_hash in self.pending else LookupStatus.MISS
+
+    def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
+        start = position * chain.block_size
+        for count in range(most, least - 1, -1):
+            block_hash = partial_hash(chain.parent(position), chain.encoded_slice(start, start + count))
+            tier, _ = self.places.get(block_hash, ("", False))
+            if tier:
+                return StoredPartial(tier, block_hash, count, self._seconds(tier, 1))
+        return None
 
     def _seconds(self, tier: str, count: int) -> float | None:
         each = self.block_seconds.get(tier)

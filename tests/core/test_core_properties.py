@@ -26,7 +26,7 @@ from tests.core.mirror import Mirror
 
 REACHED = (
     "branch_checkpoints", "speculative_checkpoints", "speculative_used", "speculative_unused", "checkpoint_hits",
-    "loaded_blocks",
+    "loaded_blocks", "loaded_checkpoints",
 )  # fmt: skip
 """Counters of `CacheStats` without which a run of all operations shows too little."""
 LEAST = 20
@@ -132,8 +132,13 @@ class CoreMachine(RuleBasedStateMachine):
         """
         name = self._add(self.prompts[shared % len(self.prompts)][:kept], tail, new, priority, salt, borders)
         if restored and name is not None:
-            stored = self.live[name].chain.block_hashes[:restored]
+            chain = self.live[name].chain
+            stored = chain.block_hashes[:restored]
             self.tiers.put([block_hash for block_hash in stored if block_hash not in self.tiers.places])
+            most = min(len(chain) - len(stored) * chain.block_size, chain.block_size)
+            if not self.harness.within_blocks and most > 1:
+                count = self.random.randrange(1, most)
+                self.tiers.put_partial(chain, len(stored), count)
 
     def _add(
         self,
@@ -225,6 +230,7 @@ class CoreMachine(RuleBasedStateMachine):
         for load in self.scheduler.loads if arrive else []:
             self.harness.arrive(load)
             assert load.arrived == 0
+            assert not load.partial_arrived
         assert self.pool.num_cached == 0
 
     @precondition(lambda self: self.scheduler.loads)
@@ -232,7 +238,7 @@ class CoreMachine(RuleBasedStateMachine):
     def arrive(self, pick: int, count: int) -> None:
         load = self.scheduler.loads[pick % len(self.scheduler.loads)]
         self.harness.arrive(load, count)
-        assert load.arrived <= count
+        assert load.arrived + load.partial_arrived <= count
         assert load not in self.scheduler.loads
 
     @precondition(lambda self: self.live)

@@ -37,6 +37,9 @@ class FakeBytes:
         self._check()
         return [memoryview(self.block_ids[block_id]) for block_id in block_ids]
 
+    def read_beginning(self, block_id: int, num_tokens: int) -> memoryview:
+        return self.read_blocks([block_id])[0]
+
     def write_block(self, block_id: int, content: bytes | memoryview) -> None:
         self._check()
         self.block_ids[block_id] = bytes(content)

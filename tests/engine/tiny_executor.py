@@ -47,6 +47,11 @@ class ArrayPool:
     def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         return [memoryview(self.words[block_id].tobytes()) for block_id in block_ids]
 
+    def read_beginning(self, block_id: int, num_tokens: int) -> memoryview:
+        words = self.words[block_id].copy()
+        words[num_tokens:] = 0
+        return memoryview(words.tobytes())
+
     def read_layer(self, block_ids: Sequence[int], layer: int) -> tuple[TensorBytes, TensorBytes]:
         """The one layer's keys and values are the KV words, ``[tokens, WORDS, 1]``."""
         if layer:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import TokenChain, encode_tokens, partial_hash, salted, token_array
 from emberkv.core.loading import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
-from emberkv.tiers.manager import TierManager
+from emberkv.tiers.manager import OffloadedBlock, TierManager
+from emberkv.tiers.partial import PartialPlace
 from tests.waiting import DEADLINE
 
 NAMESPACE = b"first model".ljust(32, b".")
@@ -36,17 +37,39 @@ def entries(blocks: Sequence[BlockRecord], *, owner: str = "", namespace: bytes 
     return [TierEntry(each.block_hash, owner, encode_record(each, namespace=namespace), each.exact) for each in blocks]
 
 
+def checkpoint(after: BlockRecord, count: int = 3, *, salt: bytes = b"", payload_bytes: int = 200) -> OffloadedBlock:
+    """A partial block behind a full one. salt: of a tenant, whose private part begins here."""
+    parent = salted(after.block_hash, salt)
+    tokens = encode_tokens(token_array(range(5000, 5000 + count)))
+    payload = f"checkpoint {count}".encode().ljust(payload_bytes, b".")
+    block_hash, position = partial_hash(parent, tokens), after.position + 1
+    record = BlockRecord(block_hash, parent, tokens, position, exact=True, payload=payload, partial=True)
+    return OffloadedBlock(record, partial=PartialPlace(parent, after.block_hash, count))
+
+
+def entry_of(block: OffloadedBlock, *, namespace: bytes = NAMESPACE) -> TierEntry:
+    """As a tier keeps it."""
+    data = encode_record(block.record, namespace=namespace)
+    return TierEntry(block.record.block_hash, block.owner, data, block.record.exact, block.partial)
+
+
 def block_hashes(blocks: Sequence[BlockRecord]) -> list[bytes]:
     return [each.block_hash for each in blocks]
 
 
 def fetched(
-    stack: TierManager, blocks: Sequence[BlockRecord], runs: Sequence[BlockRun] | None = None
+    stack: TierManager,
+    blocks: Sequence[BlockRecord],
+    runs: Sequence[BlockRun] | None = None,
+    *,
+    partial: PartialPlace | None = None,
 ) -> list[BlockRecord | None]:
-    """The records of these blocks, by default of the runs that are found; what reading them led to has happened."""
+    """The records of these blocks, by default of the runs that are found; what reading them led to has happened.
+    partial: where the last one lies, if it is a partial block.
+    """
     wanted = block_hashes(blocks)
     outcome: Future[list[BlockRecord | None]] = Future()
-    stack.onboard(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
+    stack.onboard(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result, partial=partial)
     found = outcome.result(DEADLINE)
     assert stack.flush(DEADLINE)
     return found

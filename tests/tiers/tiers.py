@@ -88,6 +88,7 @@ class RemoteTier(MemoryTier):
     """
 
     lookup_seconds = 1.0
+    keeps_partial = False
 
     def __init__(self, name: str = "remote") -> None:
         super().__init__(LARGE, name=name)

@@ -161,6 +161,14 @@ class BlockPool:
         can go on behind these tokens from a cached block; a partial block that they go on from is forgotten, unless it
         is to be kept. kind: why it is kept itself when it is extended; None: it is not. Needs `index_children`.
         """
+        committed = self._publish_partial(block, chain, position, count, kind)
+        if committed and kind in (None, CheckpointKind.BRANCH):  # any other once it is used
+            self._record_checkpoint(block)
+        return committed
+
+    def _publish_partial(
+        self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None
+    ) -> bool:
         _require_allocated(block)
         if self.known_partial(chain, position, count) is not None:
             return False
@@ -174,10 +182,16 @@ class BlockPool:
             self._supersede(shorter)  # only now that the block itself counts to the limit
         return True
 
+    def _record_checkpoint(self, block: Block) -> None:
+        """Keep a checkpoint for `take_committed`, unless it saves too little to be loaded."""
+        if self._cached.keeps_journal and 0 < self._least_speculative <= block.num_tokens:
+            self._cached.record_committed(block)
+
     def keep_partial(self, block: Block, kind: CheckpointKind) -> None:
         """A sequence would leave a checkpoint behind the last token of a cached partial block; see `commit_partial`."""
         if kind is CheckpointKind.BRANCH:
-            self._speculation.confirm(block)
+            if self._speculation.confirm(block):
+                self._record_checkpoint(block)
             block.keep_when_extended = True
         elif not block.keep_when_extended and not block.retained and self._allows_speculative(block.owner):
             block.keep_when_extended = True
@@ -229,7 +243,8 @@ class BlockPool:
     def note_use(self, block: Block, tokens: int) -> None:
         """A sequence has gone on from this partial block, which is copied whole. tokens: how many that saves."""
         self.stats.checkpoint_hits += 1
-        self._speculation.used(block, tokens)
+        if self._speculation.used(block, tokens):
+            self._record_checkpoint(block)
 
     def saved_by(self, chain: Chain, position: int, count: int) -> int:
         """How many of the first ``count`` tokens of block ``position`` of ``chain`` only the checkpoint behind them
@@ -244,7 +259,8 @@ class BlockPool:
         wanted = list(block_hashes)
         for block in self._partial_among(wanted):
             block.retained = True
-            self._speculation.confirm(block)  # a retained one is not dropped for others
+            if self._speculation.confirm(block):  # a retained one is not dropped for others
+                self._record_checkpoint(block)
         return self.policy.retain(wanted, until)
 
     def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
@@ -405,6 +421,17 @@ class BlockPool:
         self.free(held)
         return count
 
+    def complete_partial_load(self, block: Block, chain: Chain, position: int, count: int, *, arrived: bool) -> bool:
+        """As `complete_load`, of a block that holds the first ``count`` tokens of block ``position`` of ``chain``.
+
+        arrived: its content is in place and exact. Whether it is found now, and no other block in its stead.
+        """
+        is_wanted = arrived and block.state is BlockState.PENDING
+        block.state = BlockState.ALLOCATED
+        published = is_wanted and self._publish_partial(block, chain, position, count, None)
+        self.free([block])
+        return published
+
     def cancel_load(self, blocks: Iterable[Block]) -> None:
         """What is being loaded into these blocks is not wanted any more: it will not become visible."""
         for block in blocks:
@@ -412,7 +439,11 @@ class BlockPool:
                 block.state = BlockState.ALLOCATED
 
     def take_committed(self) -> list[Block]:
-        """What was committed since the last call and is still found, without what `complete_load` brought in."""
+        """What was committed since the last call and is still found, without what a load brought in.
+
+        Of partial blocks only those that are copied whole: not the speculative ones, until they are used, nor those
+        with fewer tokens than `index_children` says.
+        """
         return self._cached.take_committed()
 
     def remove(self, block_hashes: Iterable[BlockHash]) -> int:
@@ -430,6 +461,12 @@ class BlockPool:
         for block in blocks:
             self._withdraw(block)
         return len(gone)
+
+    def siblings_among(self, block_hashes: Iterable[BlockHash]) -> list[BlockHash]:
+        """What names, in a removal from other places, the partial blocks that `remove` takes along because they are
+        beside cached ones of these.
+        """
+        return self._cached.siblings_among(block_hashes)
 
     def clear(self) -> None:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""

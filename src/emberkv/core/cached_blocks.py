@@ -318,6 +318,14 @@ class CachedBlocks:
         found += [each for parent in parents for each in self._partial_children.of(parent)]
         return list({block.block_id: block for block in found}.values())
 
+    def siblings_among(self, block_hashes: Iterable[BlockHash]) -> list[BlockHash]:
+        """What stands for the partial blocks beside those of these full blocks that are found."""
+        if not self.copied_whole:
+            return []
+        found = (self.index.get(block_hash) for block_hash in block_hashes)
+        parents = dict.fromkeys(block.parent for block in found if block is not None and not block.partial)
+        return [partial_siblings_hash(parent) for parent in parents]
+
     def snapshot(self) -> Snapshot:
         parents = {block_hash: block.parent for block_hash, block in self.index.items() if not block.partial}
         return Snapshot(self._events.last_sequence, parents)

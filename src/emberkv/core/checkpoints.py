@@ -179,21 +179,28 @@ class Speculation:
         self.of(block.owner).add(block, kind)
         self._stats.speculative_checkpoints += 1
 
-    def used(self, block: Block, tokens: int) -> None:
+    def used(self, block: Block, tokens: int) -> bool:
         """A sequence has gone on from a cached block, whatever that is, which saves ``tokens``: those that it holds
-        behind the next best place to go on from.
+        behind the next best place to go on from. Whether that is a speculative checkpoint's first use.
         """
         entry = self._entry(block)
-        if entry is not None:
-            self._stats.speculative_used += not entry.uses
-            self.of(block.owner).used(entry, tokens)
+        if entry is None:
+            return False
+        is_first = not entry.uses
+        self._stats.speculative_used += is_first
+        self.of(block.owner).used(entry, tokens)
+        return is_first
 
-    def confirm(self, block: Block) -> None:
-        """A cached block, whatever that is, is wanted for another reason: it is not speculative any more."""
+    def confirm(self, block: Block) -> bool:
+        """A cached block, whatever that is, is wanted for another reason: it is not speculative any more. Whether it
+        was, and had no use.
+        """
         entry = self._entry(block)
-        if entry is not None:
-            self._stats.speculative_used += not entry.uses
-            self._remove(block)
+        if entry is None:
+            return False
+        self._stats.speculative_used += not entry.uses
+        self._remove(block)
+        return not entry.uses
 
     def discard(self, block: Block) -> None:
         """A block, whatever that is, is found no more."""

@@ -4,13 +4,13 @@ The scheduler asks when it admits a sequence; a driver reads the bytes, off the 
 are in the pool.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from emberkv.core.block import Block, MatchEnd
-from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.hashing import BlockHash, Chain, partial_siblings_hash
 from emberkv.errors import ConfigError
 
 
@@ -72,6 +72,18 @@ class BlockRun:
     seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPartial:
+    """A partial block that a tier has, all of whose tokens are the next ones of a prompt. count: its tokens. seconds:
+    expected time to load it; None before any was measured.
+    """
+
+    tier: str
+    block_hash: BlockHash
+    count: int
+    seconds: float | None
+
+
 class LookupStatus(Enum):
     """What the tiers know of a block without I/O."""
 
@@ -92,6 +104,13 @@ class LowerTiers(Protocol):
 
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         """Of the first block that `find` did not find: a MISS, or PENDING where a `PendingLookup` may yet find it."""
+        ...
+
+    def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
+        """The longest partial block that holds the first tokens of block ``position`` of ``chain``, from ``least`` to
+        ``most`` of them; from the fastest tier that has it. All are exact. Tiers without an index in memory are not
+        asked.
+        """
         ...
 
     def recompute_seconds(self, tokens: int) -> float | None:
@@ -123,8 +142,10 @@ def total_seconds(runs: Sequence[BlockRun]) -> float | None:
 class Load:
     """Blocks ``[start, stop)`` of ``chain`` on their way up, PENDING and held by the load itself.
 
-    patience: seconds until waiting has taken as long as computing would have; None: not known. arrived: of the blocks,
-    from the first, those that became visible; took: seconds from the start; both are set when the load has ended.
+    runs: where the full blocks come from. patience: seconds until waiting has taken as long as computing would have;
+    None: not known. partial: one more block, behind these, that is not full: the last of ``blocks``. arrived: of the
+    full blocks, from the first, those that became visible; partial_arrived: whether that one did; took: seconds from
+    the start. These are set when the load has ended.
     """
 
     chain: Chain
@@ -132,12 +153,18 @@ class Load:
     runs: list[BlockRun]
     blocks: list[Block]
     patience: float | None
+    partial: StoredPartial | None = None
     arrived: int = 0
+    partial_arrived: bool = False
     took: float = 0.0
 
     @property
+    def num_full(self) -> int:
+        return len(self.blocks) - (self.partial is not None)
+
+    @property
     def stop(self) -> int:
-        return self.start + len(self.blocks)
+        return self.start + self.num_full
 
     @property
     def end(self) -> int:
@@ -145,13 +172,28 @@ class Load:
         return self.start + self.arrived
 
     @property
+    def all_runs(self) -> list[BlockRun]:
+        """Where all ``blocks`` come from."""
+        partial = self.partial
+        return self.runs if partial is None else [*self.runs, BlockRun(partial.tier, 1, partial.seconds)]
+
+    @property
     def seconds(self) -> float | None:
         """Expected time of the whole; None where part of it is not known."""
-        return total_seconds(self.runs)
+        return total_seconds(self.all_runs)
 
     @property
     def block_hashes(self) -> Sequence[BlockHash]:
-        return self.chain.block_hashes[self.start : self.stop]
+        """Of all ``blocks``."""
+        full = self.chain.block_hashes[self.start : self.stop]
+        return full if self.partial is None else [*full, self.partial.block_hash]
+
+    def partial_is_removed_with(self, block_hashes: Container[BlockHash]) -> bool:
+        """Whether a removal of these blocks takes the partial one along: its own hash aside."""
+        if self.partial is None:
+            return False
+        previous, parent = self.chain.unsalted_parent(self.stop), self.chain.parent(self.stop)
+        return previous in block_hashes or partial_siblings_hash(parent) in block_hashes
 
     def tiers(self, start: int, stop: int) -> dict[str, int]:
         """How many of the blocks of ``[start, stop)`` that arrived came from which tier."""

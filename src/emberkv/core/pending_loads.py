@@ -15,6 +15,7 @@ from emberkv.core.loading import (
     LookupStatus,
     LowerTiers,
     PendingLookup,
+    StoredPartial,
     Wait,
     choose,
     trim,
@@ -34,6 +35,7 @@ class LoadSavings:
     def __init__(self, cache: PrefixCache, lower: LowerTiers, chain: Chain, first: int) -> None:
         self._cache = cache
         self._lower = lower
+        self._chain = chain
         self._first = first
         self._block_size = chain.block_size
 
@@ -41,14 +43,40 @@ class LoadSavings:
         """Of the next ``count`` blocks, how many a hit can use: hits end at whole alignment units."""
         return max(0, self._cache.whole(self._first + count) - self._first)
 
-    def seconds(self, count: int) -> float | None:
-        """Expected time to compute the next ``count`` blocks; None before any was measured."""
+    def seconds(self, count: int, more: int = 0) -> float | None:
+        """Expected time to compute the next ``count`` blocks, and ``more`` tokens; None before any was measured."""
         computed = self._first + count - self._cache.whole(self._first)
-        return self._lower.recompute_seconds(computed * self._block_size)
+        return self._lower.recompute_seconds(computed * self._block_size + more)
 
     def choose(self, runs: abc.Sequence[BlockRun]) -> LoadDecision:
         """Which of ``runs``, which are the next blocks, to load."""
         return choose(runs, self.useful, self.seconds)
+
+    def checkpoint(self, decision: LoadDecision) -> tuple[StoredPartial | None, int]:
+        """The longest checkpoint that a tier has behind the blocks that are loaded, if it is worth a block, and how
+        many tokens it saves beyond the pool's own.
+        """
+        if not self._cache.keeps_branches or decision.choice not in (LoadChoice.LOAD, LoadChoice.ABSENT):
+            return None, 0
+        position = self._first + sum(run.count for run in decision.runs)
+        child = self._cache.longest_child(self._chain, position)
+        known = 0 if child is None else child[1]
+        least = known + self._cache.branch_tokens
+        most = min(self._block_size - 1, len(self._chain) - 1 - position * self._block_size)
+        found = self._lower.find_partial(self._chain, position, least, most) if least <= most else None
+        return found, 0 if found is None else found.count - known
+
+    def checkpoint_to_load(self, decision: LoadDecision) -> StoredPartial | None:
+        """As `checkpoint`, if loading it is expected to be faster than computing."""
+        partial, saved = self.checkpoint(decision)
+        return partial if partial is not None and self.is_faster(partial, saved) else None
+
+    def is_faster(self, partial: StoredPartial, saved: int) -> bool:
+        """Whether loading it is expected to take less time than to compute the ``saved`` tokens, or either is not
+        known.
+        """
+        computing = self._lower.recompute_seconds(saved)
+        return partial.seconds is None or computing is None or partial.seconds < computing
 
 
 class PendingLoads:
@@ -74,14 +102,16 @@ class PendingLoads:
 
         The sequence's blocks must fit into the free ones. Those found stay the pool's, but become recent.
         """
-        if match.end not in (MatchEnd.ABSENT, MatchEnd.INEXACT) or sequence.admission is not None:
-            return False
-        if self._lower is None or any(wait.choice is LoadChoice.LOAD for wait in sequence.waits):
+        if self._lower is None or match.end in (MatchEnd.TOKENS_DIFFER, MatchEnd.OFF):
             return False
         stop = self._cache.whole(self._cache.usable_blocks(sequence.chain))
-        if len(match.blocks) >= stop:
+        has_all = len(match.blocks) >= stop
+        is_decided = sequence.admission is not None or any(wait.choice is LoadChoice.LOAD for wait in sequence.waits)
+        if is_decided or (has_all and not self._cache.keeps_branches):
             return False
         decision, load = self._decide(sequence, match, stop, self._lower)
+        if has_all and load is None:
+            return False
         if isinstance(load, PendingLookup):
             sequence.lookup = load
             self._lookups[load] = sequence
@@ -107,13 +137,13 @@ class PendingLoads:
         chain, first, cache = sequence.chain, len(match.blocks), self._cache
 
         savings = LoadSavings(cache, lower, chain, first)
-        shared = None if sequence.waits else self._by_hash.get(chain.block_hashes[first])
+        shared = None if sequence.waits or first >= stop else self._by_hash.get(chain.block_hashes[first])
         if shared is not None and savings.useful(covered := self._covered(shared, chain, first, stop)):
             decision = savings.choose([BlockRun(LoadChoice.SHARED.value, covered, shared.seconds)])
             if decision.choice is LoadChoice.LOAD:
                 return LoadDecision(LoadChoice.SHARED), shared
             return decision, None
-        runs = lower.find(chain.block_hashes[first:stop], exact=cache.exact)
+        runs = lower.find(chain.block_hashes[first:stop], exact=cache.exact) if first < stop else []
         end = first + sum(run.count for run in runs)
         if end < stop and sequence.lookup is None and self._is_pending(lower, chain.block_hashes[end]):
             patience = lower.recompute_seconds((stop - end) * chain.block_size)
@@ -121,13 +151,29 @@ class PendingLoads:
         decision = savings.choose(runs)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
             decision = LoadDecision(LoadChoice.LOAD, trim(runs, decision.declined))
-        if decision.choice is not LoadChoice.LOAD:
+        partial, saved = self._checkpoint(savings, decision)
+        if partial is not None and (other := self._by_hash.get(partial.block_hash)) is not None:
+            if not decision.runs and not sequence.waits:
+                return LoadDecision(LoadChoice.SHARED), other
+            partial = None
+        if not decision.runs and partial is None:
             return decision, None
+        if not decision.runs:
+            decision = LoadDecision(LoadChoice.LOAD)
         count = sum(run.count for run in decision.runs)
         cache.pool.pin(match.blocks)
-        blocks = cache.pool.reserve_for_load(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
+        owner = chain.owner(cache.pool.blocks_for(len(chain)) - 1)
+        blocks = cache.pool.reserve_for_load(count + (partial is not None), owner)
         cache.pool.free(match.blocks)
-        return decision, Load(chain, first, decision.runs, blocks, savings.seconds(count))
+        patience = savings.seconds(count, 0 if partial is None else saved)
+        return decision, Load(chain, first, decision.runs, blocks, patience, partial)
+
+    def _checkpoint(self, savings: LoadSavings, decision: LoadDecision) -> tuple[StoredPartial | None, int]:
+        """As `LoadSavings.checkpoint`, if it is to be loaded."""
+        partial, saved = savings.checkpoint(decision)
+        if partial is None or savings.is_faster(partial, saved) or self._is_time_to_probe():
+            return partial, saved
+        return None, 0
 
     def _is_pending(self, lower: LowerTiers, block_hash: BlockHash) -> bool:
         return lower.status(block_hash, exact=self._cache.exact) is LookupStatus.PENDING
@@ -151,10 +197,16 @@ class PendingLoads:
             raise IntegrityError(
                 f"a load of {len(load.blocks)} blocks ended with {len(exact)}, in flight: {load in self._waiting}"
             )
-        pool = self._cache.pool
-        load.arrived = pool.complete_load(load.blocks, load.chain, load.start, exact)
+        pool, full = self._cache.pool, load.num_full
+        load.arrived = pool.complete_load(load.blocks[:full], load.chain, load.start, exact[:full])
+        if load.partial is not None:
+            arrived = load.arrived == full and len(exact) > full and exact[full]
+            load.partial_arrived = pool.complete_partial_load(
+                load.blocks[full], load.chain, load.stop, load.partial.count, arrived=arrived
+            )
         pool.stats.loaded_blocks += load.arrived
-        pool.stats.unloaded_blocks += len(load.blocks) - load.arrived
+        pool.stats.unloaded_blocks += full - load.arrived
+        pool.stats.loaded_checkpoints += load.partial_arrived
         for block_hash in load.block_hashes:
             if self._by_hash.get(block_hash) is load:
                 del self._by_hash[block_hash]
@@ -171,7 +223,10 @@ class PendingLoads:
         wanted = set(block_hashes)
         for load in self._waiting:
             pairs = zip(load.block_hashes, load.blocks, strict=True)
-            self._cache.pool.cancel_load(block for block_hash, block in pairs if block_hash in wanted)
+            gone = [block for block_hash, block in pairs if block_hash in wanted]
+            if load.partial_is_removed_with(wanted):
+                gone.append(load.blocks[-1])
+            self._cache.pool.cancel_load(gone)
 
     def account(self, sequence: Sequence, match: Match) -> None:
         """Record where the hit of a sequence that is being admitted comes from."""
@@ -201,6 +256,11 @@ class PendingLoads:
             brought.update(wait.load.tiers(0, min(wait.stop, border)))
             border = min(border, wait.load.start)
         tier_tokens = {tier: count * size for tier, count in brought.items()}
+        copy = sequence.held.copy
+        loaded = [each.load.partial for each in sequence.waits if each.load.partial_arrived]
+        source = [each for each in loaded if each and copy and each.block_hash == copy.source.block_hash]
+        for partial in source[:1]:
+            tier_tokens[partial.tier] = tier_tokens.get(partial.tier, 0) + partial.count
         self._cache.pool.stats.tier_hit_tokens.update(tier_tokens)
         return tier_tokens
 

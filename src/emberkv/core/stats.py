@@ -24,6 +24,7 @@ class CacheStats:
     speculative_used: int = 0  # of these, gone on from, or wanted since for another reason
     speculative_unused: int = 0  # of these, found no more before that
     checkpoint_hits: int = 0  # sequences that went on from a partial block which is copied whole
+    loaded_checkpoints: int = 0  # such blocks that came from a lower tier
     evicted_blocks: int = 0
     collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0
@@ -45,4 +46,5 @@ class CacheStats:
             "speculative_used": self.speculative_used,
             "speculative_unused": self.speculative_unused,
             "hits": self.checkpoint_hits,
+            "loaded": self.loaded_checkpoints,
         }

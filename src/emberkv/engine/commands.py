@@ -309,8 +309,10 @@ class CacheControl:
             removed = self._pool.num_cached
             self._pool.clear()
             return RemovedBlocks(removed, manager.clear() if manager is not None else {})
+        siblings = self._pool.siblings_among(command.block_hashes)  # asked before they are gone
         removed = self._scheduler.remove(command.block_hashes)
-        return RemovedBlocks(removed, manager.remove(command.block_hashes) if manager is not None else {})
+        wanted = [*command.block_hashes, *siblings]
+        return RemovedBlocks(removed, manager.remove(wanted) if manager is not None else {})
 
     def _cached_tokens(self, command: CachedTokens) -> int:
         return self._cache.cached_tokens(command.chain)

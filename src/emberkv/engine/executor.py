@@ -203,6 +203,13 @@ class KVStorage(Protocol):
         """
         ...
 
+    def read_beginning(self, block_id: int, num_tokens: int, /) -> memoryview:
+        """As `read_blocks`, of a block of which only the first tokens are computed: the copy's other keys and values
+        are zero, whatever lies there of former sequences. A state is the one after the last of these tokens. Raises
+        as `read_blocks` does.
+        """
+        ...
+
     def read_layer(self, block_ids: Sequence[int], layer: int, /) -> tuple[TensorBytes, TensorBytes]:
         """Copies of the keys and the values that blocks hold of the model's layer of that number, each
         ``[len(block_ids) * block_size, kv_heads, head_dim]``.

@@ -358,7 +358,7 @@ class EngineLoop:
         self._updates.admitted += first_time
         if self._tiers is not None:
             for sequence in first_time:
-                self._tiers.used(sequence.chain.block_hashes[: sequence.cached_tokens // sequence.chain.block_size])
+                self._tiers.used(_reused(sequence, checkpoints=self._scheduler.cache.keeps_branches))
             for load in plan.loads:
                 self._tiers.onboard(load)
             for lookup in plan.lookups:
@@ -385,6 +385,16 @@ class EngineLoop:
         if self._listeners and self._stats != before:
             for listener in self._listeners:
                 listener()
+
+
+def _reused(sequence: Sequence, *, checkpoints: bool) -> abc.Sequence[BlockHash]:
+    """Of the full blocks that a sequence reuses that was just admitted, and of the checkpoint that it goes on from."""
+    full = sequence.chain.block_hashes[: sequence.cached_tokens // sequence.chain.block_size]
+    copy = sequence.held.copy if checkpoints else None
+    if copy is None:
+        return full
+    assert copy.source.block_hash is not None
+    return [*full, copy.source.block_hash]
 
 
 def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int, masks: MaskCounts) -> EngineStats:

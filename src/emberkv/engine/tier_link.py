@@ -13,12 +13,13 @@ from math import inf
 
 from emberkv.core.block import Block
 from emberkv.core.events import Event
-from emberkv.core.hashing import BlockHash
-from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, LowerTiers, PendingLookup
+from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, LowerTiers, PendingLookup, StoredPartial
 from emberkv.engine.executor import KVStorage
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.onboarding import Onboarding, Query, Records
+from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import Troubles
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,15 @@ class TierLink:
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         return self.manager.status(block_hash, exact=exact)
 
+    def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
+        first = position * chain.block_size
+        return self.manager.find_partial(
+            chain.parent(position),
+            chain.unsalted_parent(position),
+            lambda: chain.encoded_slice(first, first + most),
+            range(least, most + 1),
+        )
+
     @property
     def peeking(self) -> LowerTiers:
         """The same, for questions that are no request's: what they find is not counted."""
@@ -125,16 +135,20 @@ class TierLink:
 
     def offload(self, blocks: Sequence[Block]) -> None:
         """Have the tiers store these. Their bytes are copied out of the pool before this returns."""
-        wanted = [block for block in blocks if block.exact or not self._exact]
-        if not wanted:
+        wanted = [block for block in blocks if (block.exact or not self._exact) and not block.partial]
+        partial = [block for block in blocks if block.partial] if self.manager.keeps_partial else []
+        if not wanted and not partial:
             return
         try:
             contents = self._blocks.read_blocks([block.block_id for block in wanted])
+            contents += [self._blocks.read_beginning(block.block_id, block.num_tokens) for block in partial]
         except MemoryError as error:  # the blocks stay where they are
-            self._count("memory", len(wanted), str(error))
+            self._count("memory", len(wanted) + len(partial), str(error))
             return
-        pairs = zip(wanted, contents, strict=True)
-        self.manager.offload([OffloadedBlock(record_of(block, content), block.owner) for block, content in pairs])
+        pairs = zip([*wanted, *partial], contents, strict=True)
+        self.manager.offload(
+            [OffloadedBlock(record_of(block, content), block.owner, _place_of(block)) for block, content in pairs]
+        )
 
     def onboard(self, load: Load) -> None:
         """Have a load's blocks read, for as long as its patience lasts, or `FIRST_LOAD_SECONDS` where it has none."""
@@ -144,8 +158,12 @@ class TierLink:
             self.on_ended()
 
         patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
+        place = None
+        if load.partial is not None:
+            chain, position = load.chain, load.stop
+            place = PartialPlace(chain.parent(position), chain.unsalted_parent(position), load.partial.count)
         began = self._clock()
-        onboarding = self.manager.onboard(list(load.block_hashes), load.runs, done)
+        onboarding = self.manager.onboard(list(load.block_hashes), load.all_runs, done, partial=place)
         self._pending[load] = _PendingLoad(load, onboarding, began, began + patience)
 
     def read(self, block_hashes: Sequence[BlockHash]) -> "Future[Records]":
@@ -269,9 +287,14 @@ class TierLink:
         return exact
 
     def _is_wanted(self, load: Load, position: int, record: BlockRecord) -> bool:
-        chain = load.chain
-        found = (record.block_hash, record.parent, record.position, record.tokens)
-        if found != (chain.block_hashes[position], chain.parent(position), position, chain.block_tokens(position)):
+        chain, partial = load.chain, load.partial
+        if position < load.stop or partial is None:
+            block_hash, tokens = chain.block_hashes[position], chain.block_tokens(position)
+        else:
+            first = position * chain.block_size
+            block_hash, tokens = partial.block_hash, chain.encoded_slice(first, first + partial.count)
+        found = (record.block_hash, record.parent, record.position, record.tokens, record.partial)
+        if found != (block_hash, chain.parent(position), position, tokens, position == load.stop):
             self._count("tokens", 1)
         elif len(record.payload) != self._blocks.block_bytes:
             self._count("size", 1)
@@ -295,6 +318,9 @@ class _Peeking:
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         return self._link.status(block_hash, exact=exact)
 
+    def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
+        return self._link.find_partial(chain, position, least, most)
+
     def recompute_seconds(self, tokens: int) -> float | None:
         return self._link.recompute_seconds(tokens)
 
@@ -302,4 +328,13 @@ class _Peeking:
 def record_of(block: Block, content: memoryview) -> BlockRecord:
     """What a tier stores of a cached block. content: its KV bytes."""
     assert block.block_hash is not None
-    return BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)
+    return BlockRecord(
+        block.block_hash, block.parent, block.tokens, block.position, block.exact, content, block.partial
+    )
+
+
+def _place_of(block: Block) -> PartialPlace | None:
+    """None of a full block."""
+    if not block.partial:
+        return None
+    return PartialPlace(block.parent, block.previous, block.num_tokens)

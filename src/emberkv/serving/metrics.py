@@ -115,7 +115,7 @@ class EngineCollector(EngineStatsCollector):
         text = "Token masks of constrained answers, by whether they were there when the sampler asked."
         yield labelled_counter("emberkv_constraint_masks", text, "state", masks)
         if stats.checkpoints:
-            text = "Checkpoints of a hybrid's state left within prompts, used by later ones, and dropped for others."
+            text = "Checkpoints of a hybrid's state that were left in prompts, used, dropped, and loaded from tiers."
             yield labelled_counter("emberkv_checkpoints", text, "event", stats.checkpoints)
 
 

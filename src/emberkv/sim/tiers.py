@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from emberkv.core.hashing import BlockHash
-from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus
+from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, StoredPartial
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.tiers.manager import find_runs
@@ -203,6 +203,10 @@ class ModelledTiers:
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         """A modelled tier answers every look-up at once, so `find` has found what is there."""
         return LookupStatus.MISS
+
+    def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
+        """No simulated model has checkpoints."""
+        return None
 
     def recompute_seconds(self, tokens: int) -> float | None:
         return self._prefill.seconds_for(tokens)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from emberkv.tiers.kinds import TIER_KINDS, TierSpec
     from emberkv.tiers.manager import OffloadedBlock, TierManager
     from emberkv.tiers.memory import MemoryTier
+    from emberkv.tiers.partial import PartialPlace
     from emberkv.tiers.stats import StackStats, TierStats
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "InMemoryKVCacheManager",
     "MemoryTier",
     "OffloadedBlock",
+    "PartialPlace",
     "Removed",
     "StackStats",
     "Stored",
@@ -68,6 +70,7 @@ _MODULES = {
     "kinds": ("TIER_KINDS", "TierSpec"),
     "manager": ("OffloadedBlock", "TierManager"),
     "memory": ("MemoryTier",),
+    "partial": ("PartialPlace",),
     "stats": ("StackStats", "TierStats"),
 }
 _ON_DEMAND = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}

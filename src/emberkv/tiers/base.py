@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.eviction import EvictionPolicy
+from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import TierStats
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]
@@ -25,13 +26,14 @@ class TierEntry:
     """A block as a tier keeps it.
 
     owner: whose share of the tier it takes; "" for the only one. data: the encoded `BlockRecord`, see `tiers.codec`.
-    exact: see `BlockRecord`.
+    exact: see `BlockRecord`. partial: where it lies, if it is a partial block.
     """
 
     block_hash: bytes
     owner: str
     data: bytes
     exact: bool = True
+    partial: PartialPlace | None = None
 
     @property
     def size(self) -> int:
@@ -41,7 +43,9 @@ class TierEntry:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The result of a store. count: of the entries given, those that the tier has now. evicted: what had to go."""
+    """The result of a store. count: of the entries given, those that the tier has now. evicted: the full blocks that
+    had to go.
+    """
 
     count: int = 0
     evicted: list[bytes] = field(default_factory=list)
@@ -49,8 +53,8 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """The result of a removal. count: blocks that are gone. kept: blocks whose bytes are still stored, though this
-    process does not serve them any more. reason: why they are; "" where none are kept.
+    """The result of a removal. count: full blocks that are gone. kept: blocks whose bytes are still stored, though
+    this process does not serve them any more. reason: why they are; "" where none are kept.
     """
 
     count: int = 0
@@ -80,6 +84,9 @@ class Tier(Protocol):
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
 
+    keeps_partial: whether it stores partial blocks; other tiers inherit `partial_counts` and `partial_place` and are
+    given none. A partial block is stored, loaded, touched and evicted like any other, by its own hash.
+
     is_scanned: whether `scan` reads the blocks of a tier whose `block_hashes` are empty.
 
     store_id: equal in the tiers of all processes that find the same blocks, see `tiers.store_id`; None where no other
@@ -88,6 +95,7 @@ class Tier(Protocol):
 
     name: str
     store_id: bytes | None = None
+    keeps_partial: bool = False
     is_scanned: bool = False
 
     @property
@@ -121,8 +129,16 @@ class Tier(Protocol):
         return self.lookup(block_hashes, exact=exact)
 
     def block_hashes(self) -> list[bytes]:
-        """The hashes of the blocks that `lookup` finds; empty where that would take I/O."""
+        """The hashes of the full blocks that `lookup` finds; empty where that would take I/O."""
         return []
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        """The numbers of tokens that partial blocks with this parent have, as far as they may be here. No I/O."""
+        return []
+
+    def partial_place(self, block_hash: bytes) -> PartialPlace | None:
+        """Where a partial block that is here lies; None for any other hash. No I/O."""
+        return None
 
     def scan(self, cursor: int) -> tuple[list[bytes], int | None]:
         """With I/O: some of the blocks that `query` finds, from 0 on, and the cursor of the next ones; None: these were
@@ -144,9 +160,11 @@ class Tier(Protocol):
         """
 
     def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
-        """Drop these; afterwards `lookup` does not find them.
+        """Drop these, and the partial blocks that go with them (`PartialPlace.is_removed_with`); afterwards `lookup`
+        does not find them.
 
-        remember: False where only the stored bytes are at fault: other processes may store the blocks that they have.
+        remember: False where only the stored bytes are at fault: no other blocks go with them, and other processes may
+        store the blocks that they have.
         """
 
     def clear(self) -> Removed:

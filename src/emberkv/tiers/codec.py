@@ -11,7 +11,9 @@ from hashlib import sha256
 
 from xxhash import xxh3_128_digest
 
+from emberkv.core.hashing import TOKEN_BYTES, partial_hash
 from emberkv.errors import CorruptBlockError, EntryError, ForeignBlockError
+from emberkv.tiers.partial import PartialPlace
 
 Payload = bytes | memoryview
 """A block's state, opaque. Decoding gives a view into the record's bytes, without a copy."""
@@ -27,14 +29,16 @@ _HEADER = struct.Struct("<8sHBBIIQ32s32s")
 
 _CHECKSUM_BYTES = 16
 _EXACT = 1
+_PARTIAL = 2
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
     """One block, with all that is needed to check that it is the one that was looked up.
 
-    block_hash: SHA-256 of ``parent`` and ``tokens`` (see `emberkv.core.hashing`). tokens: four bytes each. position: of
-    the block in its chain, from 0. exact: bit-equal to a cold prefill's state.
+    block_hash: SHA-256 of ``parent`` and ``tokens``, and `partial_hash` of a partial block (see
+    `emberkv.core.hashing`). tokens: four bytes each. position: of the block in its chain, from 0. exact: bit-equal to a
+    cold prefill's state.
 
     >>> parent, tokens = bytes(32), bytes(64)
     >>> record = BlockRecord(sha256(parent + tokens).digest(), parent, tokens, 0, exact=True, payload=b"KV")
@@ -52,6 +56,7 @@ class BlockRecord:
     position: int
     exact: bool
     payload: Payload
+    partial: bool = False
 
 
 def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
@@ -65,8 +70,9 @@ def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
             f"hash of {len(record.block_hash)} bytes, parent of {len(record.parent)}, namespace of {len(namespace)}; "
             f"the first two must have {HASH_BYTES} and the last at most 255"
         )
+    flags = (_EXACT if record.exact else 0) | (_PARTIAL if record.partial else 0)
     header = _HEADER.pack(
-        MAGIC, VERSION, _EXACT if record.exact else 0, len(namespace), record.position,
+        MAGIC, VERSION, flags, len(namespace), record.position,
         len(record.tokens), len(record.payload), record.block_hash, record.parent,
     )  # fmt: skip
     body = b"".join((header, namespace, record.tokens, record.payload))
@@ -97,20 +103,34 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
     if view[_HEADER.size : tokens_at] != namespace:
         raise ForeignBlockError("block of another model", fault="namespace")
     tokens = data[tokens_at:payload_at]
-    return BlockRecord(block_hash, parent, tokens, position, bool(flags & _EXACT), view[payload_at:end])
+    exact, partial = bool(flags & _EXACT), bool(flags & _PARTIAL)
+    return BlockRecord(block_hash, parent, tokens, position, exact, view[payload_at:end], partial)
 
 
-def verified_record(data: bytes, *, namespace: bytes, block_hash: bytes, exact: bool) -> BlockRecord:
+def verified_record(
+    data: bytes, *, namespace: bytes, block_hash: bytes, exact: bool, partial: PartialPlace | None = None
+) -> BlockRecord:
     """The record of the block ``block_hash``, with the tokens that make it so.
 
-    exact: whether the tier stored it as an exact block, which it must be then. Raises as `decode_record` does, and
-    ForeignBlockError for a sound record that is not the one that was looked up.
+    exact: whether the tier stored it as an exact block, which it must be then. partial: where it lies, if the tier
+    stored it as a partial block; None: it must be a full one. Raises as `decode_record` does, and ForeignBlockError for
+    a sound record that is not the one that was looked up.
     """
     record = decode_record(data, namespace=namespace)
     if record.block_hash != block_hash:
         raise ForeignBlockError("another block than the one looked up", fault="hash")
-    if sha256(record.parent + record.tokens).digest() != block_hash:
+    if record.partial != (partial is not None):
+        found, kept = ("partial", "full") if record.partial else ("full", "partial")
+        raise ForeignBlockError(f"a {found} block, kept as a {kept} one", fault="kind")
+    if partial is not None and (record.parent, len(record.tokens)) != (partial.parent, partial.count * TOKEN_BYTES):
+        raise ForeignBlockError("its parent or its number of tokens is not what it is kept under", fault="place")
+    made = partial_hash if record.partial else _full_hash
+    if made(record.parent, record.tokens) != block_hash:
         raise ForeignBlockError("its parent and its tokens do not make its hash", fault="chain")
     if exact and not record.exact:
         raise ForeignBlockError("kept as exact, and is not", fault="exactness")
     return record
+
+
+def _full_hash(parent: bytes, tokens: bytes) -> bytes:
+    return sha256(parent + tokens).digest()

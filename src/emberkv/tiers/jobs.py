@@ -6,15 +6,19 @@ from dataclasses import dataclass, field
 
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
+from emberkv.tiers.partial import PartialPlace
 
 
 @dataclass(eq=False, slots=True)
 class QueuedBlock:
-    """A block to store; its bytes are made by the first worker that needs them. size: what it keeps in memory."""
+    """A block to store; its bytes are made by the first worker that needs them. partial: where it lies, if it is a
+    partial block. size: what it keeps in memory.
+    """
 
     record: BlockRecord
     owner: str
     entry: TierEntry | None = None
+    partial: PartialPlace | None = None
 
     @property
     def size(self) -> int:
@@ -23,7 +27,7 @@ class QueuedBlock:
     def encoded(self, namespace: bytes) -> TierEntry:
         if self.entry is None:
             data = encode_record(self.record, namespace=namespace)
-            self.entry = TierEntry(self.record.block_hash, self.owner, data, self.record.exact)
+            self.entry = TierEntry(self.record.block_hash, self.owner, data, self.record.exact, self.partial)
         return self.entry
 
 
@@ -44,13 +48,19 @@ class Touch:
 
 @dataclass(eq=False, slots=True)
 class Check:
-    """Read these blocks again and remove those that are not sound. They are not found until that is done."""
+    """Read these blocks again and remove those that are not sound. They are not found until that is done. partial:
+    those of them that are no full blocks.
+    """
 
     block_hashes: Collection[bytes]
+    partial: Collection[bytes] = ()
     size: int = 0
 
     def hides(self, block_hash: bytes) -> bool:
         return block_hash in self.block_hashes
+
+    def hides_at(self, place: PartialPlace) -> bool:
+        return False
 
 
 def _answer() -> "Future[Removed]":
@@ -70,6 +80,10 @@ class Remove:
 
     def hides(self, block_hash: bytes) -> bool:
         return self.block_hashes is None or block_hash in self.block_hashes
+
+    def hides_at(self, place: PartialPlace) -> bool:
+        """Whether it takes a partial block along that lies there."""
+        return self.block_hashes is None or place.is_removed_with(self.block_hashes)
 
 
 Job = Store | Touch | Check | Remove

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emberkv.core.events import Event
-from emberkv.core.loading import BlockRun, LookupStatus
+from emberkv.core.hashing import partial_hashes
+from emberkv.core.loading import BlockRun, LookupStatus, StoredPartial
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, SharedStore, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.jobs import QueuedBlock, Remove, Store, Touch
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
+from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import StackStats, TierMeter, TierStats
 from emberkv.tiers.worker import EventHook, Reading, TierWorker
 
@@ -34,10 +36,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OffloadedBlock:
-    """A block to store. owner: the tenant whose share of the tiers it takes."""
+    """A block to store. owner: the tenant whose share of the tiers it takes. partial: where it lies, if it is a partial
+    block; only tiers with an index in memory store that.
+    """
 
     record: BlockRecord
     owner: str = ""
+    partial: PartialPlace | None = None
 
 
 class TierManager:
@@ -153,6 +158,30 @@ class TierManager:
         """What `find` would return, without counting hits and misses."""
         return find_runs(self.workers, self._meters, block_hashes, exact=exact, counted=False)
 
+    @property
+    def keeps_partial(self) -> bool:
+        """Whether any tier stores partial blocks."""
+        return any(worker.tier.keeps_partial for worker in self.workers)
+
+    def find_partial(
+        self, parent: bytes, previous: bytes, tokens: Callable[[], bytes], counts: range
+    ) -> StoredPartial | None:
+        """The longest partial block behind a full one that holds the first tokens of a prompt's next block, from the
+        fastest tier that has it. No I/O, and nothing is counted.
+
+        parent, previous: see `PartialPlace`. tokens: makes the prompt's next tokens, encoded, at least as many as the
+        largest of ``counts``, which are the numbers of tokens that it may have.
+        """
+        known = {count for worker in self.workers for count in worker.partial_counts(parent)}
+        wanted = [count for count in sorted(known, reverse=True) if count in counts]
+        hashes = partial_hashes(parent, tokens(), wanted) if wanted else {}
+        for count in wanted:
+            place = PartialPlace(parent, previous, count)
+            for worker in self.workers:
+                if worker.has(hashes[count], exact=True, partial=place):
+                    return StoredPartial(worker.name, hashes[count], count, worker.meter.seconds_for(1))
+        return None
+
     def tiers_of(self, block_hash: bytes) -> list[str]:
         """The names of the tiers that have a block, fastest first. No I/O, and nothing is counted."""
         return [worker.name for worker in self.workers if worker.lookup((block_hash,))]
@@ -168,8 +197,8 @@ class TierManager:
         stored = full = 0
         with self._lock:
             for block in blocks:
-                lacking = self._lacking(block.record)
-                queued = QueuedBlock(block.record, block.owner)
+                lacking = self._lacking(block)
+                queued = QueuedBlock(block.record, block.owner, partial=block.partial)
                 stored += not lacking
                 accepted = [worker.put(Store([queued], queued.size, worker.tier.removals_seen)) for worker in lacking]
                 full += not all(accepted)
@@ -186,16 +215,23 @@ class TierManager:
                 worker.put(Touch(block_hashes, sum(map(len, block_hashes))))
 
     def onboard(
-        self, block_hashes: Sequence[bytes], runs: Sequence[BlockRun], done: Callable[[Records], None]
+        self,
+        block_hashes: Sequence[bytes],
+        runs: Sequence[BlockRun],
+        done: Callable[[Records], None],
+        *,
+        partial: PartialPlace | None = None,
     ) -> Onboarding:
         """Read the blocks that ``runs`` (of `find`) cover, and call ``done`` once, on any thread.
 
         ``done`` gets a record or None for each hash; only those before the first None are of use. A record's bytes are
         those that were stored, under that hash, which its parent and its tokens make up; whether the tokens are the
         caller's own is left to the caller. What comes from a slower tier is stored in the faster ones.
+
+        partial: where the last block lies, if that is a partial one (of `find_partial`).
         """
         seen = [worker.tier.removals_seen for worker in self.workers]
-        onboarding = Onboarding(block_hashes, runs, self._ranks, done, seen)
+        onboarding = Onboarding(block_hashes, runs, self._ranks, done, seen, partial=partial)
         with self._lock:
             if self._closed:
                 onboarding.cancel()
@@ -297,12 +333,14 @@ class TierManager:
             onboarding.timings.append(reading.timing)
             kept = onboarding.end(piece, reading.records)
             if None in reading.records:
-                worker.check(onboarding.rest_of(piece, piece.start + reading.records.index(None)))
+                unsound = onboarding.rest_of(piece, piece.start + reading.records.index(None))
+                worker.check(unsound, onboarding.partial_hashes)
             for entry, record in zip(reading.entries, kept, strict=False):
                 if entry and record:
-                    block = QueuedBlock(record, entry.owner, entry)
+                    block = QueuedBlock(record, entry.owner, entry, entry.partial)
                     for faster, seen in zip(self.workers[: worker.rank], onboarding.removals_seen, strict=False):
-                        faster.put(Store([block], block.size, seen))
+                        if faster.keeps(record):
+                            faster.put(Store([block], block.size, seen))
             ended = self._ended()
         self._deliver(ended)
 
@@ -328,10 +366,14 @@ class TierManager:
         self._deliver(ended)
         return {name: job.result for name, job in jobs.items()}
 
-    def _lacking(self, record: BlockRecord) -> list[TierWorker]:
+    def _lacking(self, block: OffloadedBlock) -> list[TierWorker]:
         """The workers of the tiers in which this block is not, or only one that is less exact."""
-        wanted = (record.block_hash,)
-        return [worker for worker in self.workers if not worker.lookup(wanted, exact=record.exact)]
+        record = block.record
+        return [
+            worker
+            for worker in self.workers
+            if worker.keeps(record) and not worker.has(record.block_hash, exact=record.exact, partial=block.partial)
+        ]
 
     def _is_idle(self) -> bool:
         return all(worker.idle for worker in self.workers)

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from emberkv.core.policies.eviction import LRU, EntryCost, EvictionPolicy
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
+from emberkv.tiers.partial import PartialIndex, PartialPlace
 from emberkv.tiers.stats import TierStats
 
 
@@ -108,6 +109,7 @@ class MemoryTier(Tier):
     """
 
     refresh_seconds = None
+    keeps_partial = True
 
     def __init__(self, max_bytes: int, *, policy: PolicyFactory = LRU, name: str = "ram") -> None:
         if max_bytes <= 0:
@@ -116,6 +118,7 @@ class MemoryTier(Tier):
         self._lock = threading.Lock()  # for all but look-ups, which read the entries alone
         self._store: BoundedStore[bytes, TierEntry] = BoundedStore(max_bytes, policy)
         self._entries = self._store.entries
+        self._partial = PartialIndex()
         self._owners: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
 
@@ -127,7 +130,16 @@ class MemoryTier(Tier):
         return len(block_hashes)
 
     def block_hashes(self) -> list[bytes]:
-        return list(self._entries)
+        block_hashes = list(self._entries)
+        if not len(self._partial):
+            return block_hashes
+        return [block_hash for block_hash in block_hashes if self._partial.place(block_hash) is None]
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        return self._partial.counts(parent)
+
+    def partial_place(self, block_hash: bytes) -> PartialPlace | None:
+        return self._partial.place(block_hash)
 
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         with self._lock:
@@ -146,16 +158,19 @@ class MemoryTier(Tier):
 
     def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
         with self._lock:
-            removed = [entry for block_hash in block_hashes if (entry := self._store.remove(block_hash)) is not None]
+            wanted = [*block_hashes, *(self._partial.removed_with(block_hashes) if remember else ())]
+            removed = [entry for block_hash in wanted if (entry := self._store.remove(block_hash)) is not None]
             for entry in removed:
                 self._owners[entry.owner] -= entry.size
-            return Removed(len(removed))
+                self._partial.discard(entry.block_hash)
+            return Removed(sum(entry.partial is None for entry in removed))
 
     def clear(self) -> Removed:
         with self._lock:
-            count = len(self._entries)
+            count = len(self._entries) - len(self._partial)
             self._store.clear()
             self._owners.clear()
+            self._partial.clear()
             return Removed(count)
 
     def refresh(self) -> None:
@@ -192,9 +207,14 @@ class MemoryTier(Tier):
             self._owners[entry.owner] += entry.size
             if replaced is not None:
                 self._owners[replaced.owner] -= replaced.size
+            elif entry.partial is not None:
+                self._partial.add(entry.block_hash, entry.partial)
         else:
             self._skipped["no room"] += 1
         for each in gone:
             self._owners[each.owner] -= each.size
-            evicted.append(each.block_hash)
+            if each.partial is None:
+                evicted.append(each.block_hash)
+            else:
+                self._partial.discard(each.block_hash)
         return kept

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from emberkv.core.loading import BlockRun
 from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.partial import PartialPlace
 
 PIECE_BLOCKS = 8
 """Many enough for turns to cost little, few enough for all threads of a worker to have work."""
@@ -91,6 +92,8 @@ class Onboarding:
     """A request to read blocks, and the records read so far. The manager's lock is held around all methods.
 
     Blocks behind one that is missing are of no use, so they are not read once that is known.
+
+    partial: where the last block lies, if that is a partial one.
     """
 
     def __init__(
@@ -100,8 +103,11 @@ class Onboarding:
         ranks: dict[str, int],
         done: Callable[[Records], None],
         removals_seen: Sequence[int],
+        *,
+        partial: PartialPlace | None = None,
     ) -> None:
         self.block_hashes = block_hashes
+        self._partial = partial
         self.removals_seen = removals_seen
         """By the tier's rank, what `Tier.removals_seen` was before anything was read."""
         self.records: Records = [None] * len(block_hashes)
@@ -133,6 +139,11 @@ class Onboarding:
     def deliver(self) -> None:
         self.done(list(self.records))
 
+    @property
+    def partial_hashes(self) -> Sequence[bytes]:
+        """Of ``block_hashes``, that of the partial block, if there is one."""
+        return self.block_hashes[-1:] if self._partial is not None else ()
+
     def cancel(self) -> None:
         """Read no more than what is being read now."""
         self._pieces.clear()
@@ -141,8 +152,11 @@ class Onboarding:
         """These blocks, all for None, were removed from the tier of ``rank``, from every tier for None: their records
         are dropped, those not yet read included.
         """
+        last = len(self.block_hashes) - 1
         for at, block_hash in enumerate(self.block_hashes):
             named = block_hashes is None or block_hash in block_hashes
+            if not named and at == last and self._partial is not None:
+                named = block_hashes is None or self._partial.is_removed_with(block_hashes)
             if named and (rank is None or (at < len(self._sources) and self._sources[at] == rank)):
                 self._removed.add(at)
                 self.records[at] = None

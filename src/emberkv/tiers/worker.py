@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import inf
@@ -21,6 +21,7 @@ from emberkv.tiers.base import Removed, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, verified_record
 from emberkv.tiers.jobs import Check, Job, QueuedBlock, Remove, Store, Touch
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records, Timing
+from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import TierMeter
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,9 @@ class TierWorker:
     """Queue and threads of one tier.
 
     rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
-    `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended. queue_bytes: limit of what may wait to
-    be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the lock. on_event:
-    an `EventHook`. failed: called with each error that no tier should raise.
+    `has`, `keeps`, `lookup`, `partial_counts`, `status`, `run`, `read` and `query`; notified when a job has ended.
+    queue_bytes: limit of what may wait to be stored. on_read, on_answer: called with each `Reading` and each answer to
+    a query, without the lock. on_event: an `EventHook`. failed: called with each error that no tier should raise.
     """
 
     def __init__(
@@ -126,6 +127,22 @@ class TierWorker:
             count += 1 + self.tier.lookup(block_hashes[count + 1 :], exact=exact)
         return count
 
+    def keeps(self, record: BlockRecord) -> bool:
+        """Whether the tier stores blocks of this kind."""
+        return self.tier.keeps_partial or not record.partial
+
+    def has(self, block_hash: bytes, *, exact: bool, partial: PartialPlace | None) -> bool:
+        """As `lookup`, of one block. partial: where it lies, if it is a partial one: it may be removed with others."""
+        if partial is not None and any(job.hides_at(partial) for job in self._hidden):
+            return False
+        return bool(self.lookup((block_hash,), exact=exact))
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        """As the tier's: of each number it takes `has` to know whether there is a partial block that is not being
+        removed.
+        """
+        return self.tier.partial_counts(parent) if self.tier.keeps_partial else []
+
     def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         """Of a block that `lookup` does not find: PENDING where a query may find it."""
         hidden = self._stalled or self.closed or any(job.hides(block_hash) for job in self._hidden)
@@ -153,11 +170,11 @@ class TierWorker:
         self._writable.notify()
         return True
 
-    def check(self, block_hashes: Iterable[bytes]) -> None:
-        """Queue a check of those that no job in the queue hides already."""
+    def check(self, block_hashes: Iterable[bytes], partial: Collection[bytes] = ()) -> None:
+        """Queue a check of those that no job in the queue hides already. partial: see `Check`."""
         unchecked = [each for each in block_hashes if not any(job.hides(each) for job in self._hidden)]
         if unchecked:
-            self.put(Check(frozenset(unchecked)))
+            self.put(Check(frozenset(unchecked), frozenset(partial)))
 
     def take(self) -> Job | None:
         """The next job to `run`, with the stores that follow a store, to be followed by `finish`."""
@@ -178,15 +195,16 @@ class TierWorker:
                 self._store(blocks, seen)
             case Touch(block_hashes=block_hashes):
                 self.tier.touch(block_hashes)
-            case Check(block_hashes=block_hashes):
-                self._check(list(block_hashes))
+            case Check(block_hashes=block_hashes, partial=partial):
+                self._check(list(block_hashes), partial)
             case Remove(block_hashes=None, result=result):
                 removed = self.tier.clear()
                 self._on_event(AllBlocksCleared(self.name))
                 result.set_result(removed)
             case Remove(block_hashes=block_hashes, result=result):
                 known = self.tier.lookup_seconds is None  # else any of them may have been there
-                present = tuple(each for each in block_hashes or () if not known or self.tier.lookup((each,)))
+                full = [each for each in block_hashes or () if self.tier.partial_place(each) is None]
+                present = [each for each in full if not known or self.tier.lookup((each,))]
                 removed = self.tier.remove(list(block_hashes or ()))
                 self._report_removed(present)
                 result.set_result(removed)
@@ -415,12 +433,12 @@ class TierWorker:
         with self.lock:
             self._remember(each.block_hash for each in stored)
             self._forget(outcome.evicted)
-        for event in _stored_events(self.name, stored):
+        for event in _stored_events(self.name, [each for each in stored if not each.partial]):
             self._on_event(event)
         if outcome.evicted:
             self._on_event(BlockRemoved(tuple(outcome.evicted), tier=self.name))
 
-    def _check(self, block_hashes: Sequence[bytes]) -> None:
+    def _check(self, block_hashes: Sequence[bytes], partial: Collection[bytes]) -> None:
         is_known = self.tier.lookup_seconds is None  # else a block that does not come may be there all the same
         removed = []
         for start in range(0, len(block_hashes), BATCH_BLOCKS):
@@ -432,26 +450,34 @@ class TierWorker:
                     self.meter.refused(fault)
                 if fault or (is_known and not self.tier.lookup((block_hash,))):
                     removed.append(block_hash)
-        self._report_removed(removed)
+        self._report_removed([block_hash for block_hash in removed if block_hash not in partial])
 
     def _report_removed(self, block_hashes: Sequence[bytes]) -> None:
+        """Of full blocks: events tell of no others."""
         if block_hashes:
             self._on_event(BlockRemoved(tuple(block_hashes), evicted=False, tier=self.name))
 
     def _sound(self, entry: TierEntry) -> BlockRecord | None:
         try:
-            return verified_record(
-                entry.data, namespace=self._namespace, block_hash=entry.block_hash, exact=entry.exact
-            )
+            return self._verified(entry)
         except BlockError:
             return None
 
     def _fault(self, entry: TierEntry) -> str:
         try:
-            verified_record(entry.data, namespace=self._namespace, block_hash=entry.block_hash, exact=entry.exact)
+            self._verified(entry)
         except BlockError as error:
             return error.fault
         return ""
+
+    def _verified(self, entry: TierEntry) -> BlockRecord:
+        return verified_record(
+            entry.data,
+            namespace=self._namespace,
+            block_hash=entry.block_hash,
+            exact=entry.exact,
+            partial=entry.partial,
+        )
 
 
 def _stored_events(tier: str, records: Sequence[BlockRecord]) -> Iterator[BlockStored]:

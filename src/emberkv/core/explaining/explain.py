@@ -19,7 +19,15 @@ from emberkv.core.explaining.explanation import (
 )
 from emberkv.core.explaining.ledger import Entry, Ledger
 from emberkv.core.hashing import TOKEN_BYTES, BlockHash, Chain, TokenChain, common_tokens, decode_tokens
-from emberkv.core.loading import NOTHING_BELOW, Admission, LoadChoice, LoadDecision, LookupStatus, LowerTiers
+from emberkv.core.loading import (
+    NOTHING_BELOW,
+    Admission,
+    LoadChoice,
+    LoadDecision,
+    LookupStatus,
+    LowerTiers,
+    StoredPartial,
+)
 from emberkv.core.pending_loads import LoadSavings
 from emberkv.core.prefix_cache import PrefixCache
 
@@ -211,16 +219,20 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
         return Outcome(set_aside={Reason.CACHE_OFF: len(chain)})
     size, known = cache.pool.block_size, len(match.blocks)
     below, pending = NOTHING_BELOW, 0
-    if lower is not None and match.end in (MatchEnd.ABSENT, MatchEnd.INEXACT):
-        below, pending = _from_below(cache, lower, chain, known)
+    checkpoint: StoredPartial | None = None
+    if lower is not None and match.end is not MatchEnd.TOKENS_DIFFER:
+        below, pending, checkpoint = _from_below(cache, lower, chain, known)
     loaded = below.runs if below.choice is LoadChoice.LOAD else []
     runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
     hit, set_aside = dict(outcome.hit), dict(outcome.set_aside)
     found = cache.longest_child(chain, known + sum(run.count for run in loaded))
     copied = found[1] if found is not None else 0
+    if checkpoint is not None:
+        copied = checkpoint.count
     if copied:
-        hit[POOL] = hit.get(POOL, 0) + copied
+        tier = POOL if checkpoint is None else checkpoint.tier
+        hit[tier] = hit.get(tier, 0) + copied
     if below.rounded:
         set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
@@ -230,12 +242,16 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
-def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> tuple[LoadDecision, int]:
-    """What to load of the blocks behind the first ``known`` ones, and how many more only a query of a tier can find."""
-    stop = cache.whole(cache.usable_blocks(chain))
-    if known >= stop:
-        return NOTHING_BELOW, 0
-    runs = lower.find(chain.block_hashes[known:stop], exact=cache.exact)
+def _from_below(
+    cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int
+) -> tuple[LoadDecision, int, StoredPartial | None]:
+    """What to load of the blocks behind the first ``known`` ones, how many more only a query of a tier can find, and
+    the checkpoint to load behind them.
+    """
+    stop = max(known, cache.whole(cache.usable_blocks(chain)))
+    runs = lower.find(chain.block_hashes[known:stop], exact=cache.exact) if known < stop else []
     end = known + sum(run.count for run in runs)
     pending = end < stop and lower.status(chain.block_hashes[end], exact=cache.exact) is LookupStatus.PENDING
-    return LoadSavings(cache, lower, chain, known).choose(runs), stop - end if pending else 0
+    savings = LoadSavings(cache, lower, chain, known)
+    decision = savings.choose(runs)
+    return decision, stop - end if pending else 0, savings.checkpoint_to_load(decision)

@@ -4,10 +4,13 @@
     FOLDER/blocks/journal                           what it has stored and removed, see `index`
     FOLDER/blocks/tmp/                              files being written
     FOLDER/blocks/<namespace>/@<owner>/<block hash>.kv       a block; .near.kv where it is not exact
+    FOLDER/blocks/<namespace>/@<owner>/<block hash>.<parent>.<count>.part.kv
+                                                    a partial block of so many tokens, which is exact;
+                                                    <parent>.<previous>.<count> where these differ, see `PartialPlace`
 
-Namespace and block hash are in hexadecimal. A block's file name says all that an index needs to know, so an index is
-rebuilt from names, sizes and times, without opening a file. What else lies in FOLDER belongs to others and is left
-alone.
+Namespace and hashes are in hexadecimal, a count is decimal. A block's file name says all that an index needs to know,
+so an index is rebuilt from names, sizes and times, without opening a file. What else lies in FOLDER belongs to others
+and is left alone.
 
 Nothing is synced. What a killed process wrote is complete, because a file gets its name only when it is; a machine that
 loses power may lose recent blocks or leave damaged ones, which the checksum finds.
@@ -17,6 +20,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +30,7 @@ from urllib.parse import unquote
 from emberkv.errors import BlockError, CacheFolderError, UntrustedPathError
 from emberkv.files import check_owner, open_own_file
 from emberkv.tiers.codec import verified_record
+from emberkv.tiers.partial import PartialPlace
 
 BLOCKS = "blocks"
 LOCK = "lock"
@@ -36,11 +41,15 @@ MAX_OWNER_BYTES = 200
 
 _EXACT = ".kv"
 _NEAR = ".near.kv"
+_PARTIAL = ".part.kv"
+_COUNT = re.compile("[1-9][0-9]{0,8}")
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class BlockFile(NamedTuple):
-    """A stored block as its name tells it. size: bytes. mtime_ns: when it was last of use."""
+    """A stored block as its name tells it. size: bytes. mtime_ns: when it was last of use. partial: where it lies, if
+    it is a partial block.
+    """
 
     namespace: bytes
     block_hash: bytes
@@ -48,6 +57,7 @@ class BlockFile(NamedTuple):
     exact: bool
     size: int
     mtime_ns: int
+    partial: PartialPlace | None = None
 
     @property
     def key(self) -> bytes:
@@ -57,8 +67,17 @@ class BlockFile(NamedTuple):
     @property
     def path(self) -> str:
         """The file, below the blocks' folder."""
-        ending = _EXACT if self.exact else _NEAR
-        return f"{self.namespace.hex()}/{owner_folder(self.owner)}/{self.block_hash.hex()}{ending}"
+        name = _file_name(self.block_hash, exact=self.exact, partial=self.partial)
+        return f"{self.namespace.hex()}/{owner_folder(self.owner)}/{name}"
+
+
+def _file_name(block_hash: bytes, *, exact: bool, partial: PartialPlace | None) -> str:
+    if partial is None:
+        return f"{block_hash.hex()}{_EXACT if exact else _NEAR}"
+    parts = [block_hash.hex(), partial.parent.hex()]
+    if partial.previous != partial.parent:
+        parts.append(partial.previous.hex())
+    return ".".join([*parts, str(partial.count)]) + _PARTIAL
 
 
 def owner_folder(owner: str) -> str:
@@ -76,7 +95,7 @@ def parse_path(path: str, size: int, mtime_ns: int) -> BlockFile | None:
     folder, _, name = rest.partition("/")
     place = _parse_folder(namespace, folder)
     found = _parse_name(name)
-    return BlockFile(place[0], found[0], place[1], found[1], size, mtime_ns) if place and found else None
+    return BlockFile(place[0], found[0], place[1], found[1], size, mtime_ns, found[2]) if place and found else None
 
 
 def scan(blocks: Path, passed_over: Callable[[str], None] = lambda _: None) -> Iterator[BlockFile]:
@@ -110,7 +129,8 @@ def _scan_owner(folder: str, namespace: bytes, owner: str, passed_over: Callable
                 status = each.stat(follow_symlinks=False)
             except FileNotFoundError:  # another process, which writes here, has just evicted it
                 continue
-            yield BlockFile(namespace, block[0], owner, block[1], status.st_size, status.st_mtime_ns)
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+            yield BlockFile(namespace, block[0], owner, block[1], size, mtime_ns, block[2])
 
 
 def _parse_folder(namespace: str, folder: str) -> tuple[bytes, str] | None:
@@ -119,13 +139,32 @@ def _parse_folder(namespace: str, folder: str) -> tuple[bytes, str] | None:
     return (model, owner) if model and model.hex() == namespace and owner_folder(owner) == folder else None
 
 
-def _parse_name(name: str) -> tuple[bytes, bool] | None:
-    """Block hash and exactness, where this is the file's name that `BlockFile.path` gives them."""
+def _parse_name(name: str) -> tuple[bytes, bool, PartialPlace | None] | None:
+    """Block hash, exactness and place, where this is the file's name that `BlockFile.path` gives them."""
     stem, dot, ending = name.partition(".")
     block_hash = _unhex(stem)
-    if block_hash is None or block_hash.hex() != stem or dot + ending not in (_EXACT, _NEAR):
+    if block_hash is None or block_hash.hex() != stem:
         return None
-    return block_hash, dot + ending == _EXACT
+    if dot + ending in (_EXACT, _NEAR):
+        return block_hash, dot + ending == _EXACT, None
+    partial = _parse_place(ending)
+    if partial is None or _file_name(block_hash, exact=True, partial=partial) != name:
+        return None
+    return block_hash, True, partial
+
+
+def _parse_place(ending: str) -> PartialPlace | None:
+    """What follows a partial block's hash in its name."""
+    match ending.removesuffix(_PARTIAL).split("."):
+        case [parent, count]:
+            place = _unhex(parent), _unhex(parent)
+        case [parent, previous, count]:
+            place = _unhex(parent), _unhex(previous)
+        case _:
+            return None
+    if place[0] is None or place[1] is None or _COUNT.fullmatch(count) is None:
+        return None
+    return PartialPlace(place[0], place[1], int(count))
 
 
 def _folders(path: Path | str) -> list["os.DirEntry[str]"]:
@@ -301,7 +340,13 @@ def verify(files: BlockFiles, listed: Iterable[BlockFile]) -> Iterator[tuple[Blo
     for file in listed:
         try:
             data = files.read(file.path)
-            verified_record(data, namespace=file.namespace, block_hash=file.block_hash, exact=file.exact)
+            verified_record(
+                data,
+                namespace=file.namespace,
+                block_hash=file.block_hash,
+                exact=file.exact,
+                partial=file.partial,
+            )
         except FileNotFoundError:  # evicted by the process that writes here
             continue
         except OSError as error:

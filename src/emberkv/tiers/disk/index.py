@@ -11,7 +11,7 @@ removed. A reader sees that another file has the journal's name, and scans the f
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.files import open_own_file
 from emberkv.tiers.base import PolicyFactory
 from emberkv.tiers.disk.files import JOURNAL, TEMPORARY, BlockFile, parse_path
+from emberkv.tiers.partial import PartialIndex
 
 MAX_BYTES = 8 * 2**20
 """Of a journal, about 50,000 changes; the next change begins a new one."""
@@ -138,6 +139,7 @@ class DiskIndex:
         self.max_bytes = max_bytes
         self.bytes = 0
         self.bytes_by_owner: Counter[str] = Counter()
+        self._partial: defaultdict[bytes, PartialIndex] = defaultdict(PartialIndex)  # by namespace
         self._files: dict[bytes, BlockFile] = {}
         self._unreadable: set[bytes] = set()
         self._last_stamp = 0
@@ -178,6 +180,10 @@ class DiskIndex:
     def get(self, key: bytes) -> BlockFile | None:
         """A file that is there, readable or not."""
         return self._files.get(key)
+
+    def partial_of(self, namespace: bytes) -> PartialIndex:
+        """The partial blocks of a model, for look-ups, which need no lock."""
+        return self._partial.get(namespace) or PartialIndex()
 
     def files(self) -> list[BlockFile]:
         return list(self._files.values())
@@ -231,6 +237,8 @@ class DiskIndex:
     def _enter(self, key: bytes, file: BlockFile) -> None:
         self._files[key] = file
         self._count(file, +1)
+        if file.partial is not None:
+            self._partial[file.namespace].add(file.block_hash, file.partial)
         self._policy.admit(key, EntryCost(size=max(file.size, 1), owner=file.owner))
         self._policy.release((key,))
 
@@ -247,6 +255,8 @@ class DiskIndex:
         self._unreadable.discard(key)
         file = self._files.pop(key)
         self._count(file, -1)
+        if file.partial is not None:
+            self._partial[file.namespace].discard(file.block_hash)
         return file
 
     def _count(self, file: BlockFile, sign: int) -> None:

@@ -19,6 +19,7 @@ from emberkv.errors import CacheFolderError, ConfigError, UntrustedPathError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.disk.files import MAX_OWNER_BYTES, BlockFile, BlockFiles, owner_folder
 from emberkv.tiers.disk.index import Change, DiskIndex, JournalReader, JournalWriter
+from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import TierStats, Troubles
 from emberkv.tiers.store_id import folder_id
 
@@ -61,6 +62,7 @@ class DiskTier(Tier):
     """
 
     refresh_seconds = REFRESH_SECONDS
+    keeps_partial = True
 
     def __init__(
         self,
@@ -132,14 +134,20 @@ class DiskTier(Tier):
     def block_hashes(self) -> list[bytes]:
         with self._lock:
             files = self._index.files()
-        return [file.block_hash for file in files if file.namespace == self._namespace]
+        return [file.block_hash for file in files if file.namespace == self._namespace and file.partial is None]
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        return self._index.partial_of(self._namespace).counts(parent)
+
+    def partial_place(self, block_hash: bytes) -> PartialPlace | None:
+        return self._index.partial_of(self._namespace).place(block_hash)
 
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         entries: dict[bytes, TierEntry] = {}
         for file, stamp in self._used(block_hashes):
             data = self._read(file)
             if data is not None:
-                entries[file.block_hash] = TierEntry(file.block_hash, file.owner, data, file.exact)
+                entries[file.block_hash] = TierEntry(file.block_hash, file.owner, data, file.exact, file.partial)
                 self._stamp(file, stamp)
         return [entries.get(block_hash) for block_hash in block_hashes]
 
@@ -151,7 +159,7 @@ class DiskTier(Tier):
         gone: list[BlockFile] = []
         count = sum(self._store_one(entry, gone) for entry in reversed(entries))
         self._publish()
-        ours = [file.block_hash for file in gone if file.namespace == self._namespace]
+        ours = [file.block_hash for file in gone if file.namespace == self._namespace and file.partial is None]
         return Stored(count, [block_hash for block_hash in ours if not self.lookup([block_hash])])
 
     def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
@@ -159,7 +167,10 @@ class DiskTier(Tier):
         this process, and are removed should it become the one that writes.
         """
         self._catch_up()
-        return self._remove([self._namespace + block_hash for block_hash in dict.fromkeys(block_hashes)])
+        with self._lock:
+            with_them = self._index.partial_of(self._namespace).removed_with(block_hashes) if remember else []
+        wanted = dict.fromkeys([*block_hashes, *with_them])
+        return self._remove([self._namespace + block_hash for block_hash in wanted])
 
     def clear(self) -> Removed:
         """As `remove`, of all blocks of this model."""
@@ -339,7 +350,7 @@ class DiskTier(Tier):
     def _remove(self, keys: Sequence[bytes]) -> Removed:
         with self._lock:
             found = [file for key in keys if (file := self._index.get(key))]
-        kept, reason = 0, ""
+        count, kept, reason = 0, 0, ""
         for file in found:
             refusal = self.read_only or self._unlink_one(file)
             with self._lock:
@@ -350,8 +361,9 @@ class DiskTier(Tier):
                     self._unremoved.discard(file.key)
                     self._index.discard(file.key)
             kept, reason = kept + bool(refusal), refusal or reason
+            count += not refusal and file.partial is None
         self._publish()
-        return Removed(len(found) - kept, kept, reason)
+        return Removed(count, kept, reason)
 
     def _used(self, block_hashes: Sequence[bytes]) -> list[tuple[BlockFile, int]]:
         with self._lock:
@@ -359,7 +371,7 @@ class DiskTier(Tier):
 
     def _store_one(self, entry: TierEntry, gone: list[BlockFile]) -> bool:
         """Whether it is here now; ``gone`` takes what had to go for it."""
-        file = BlockFile(self._namespace, entry.block_hash, entry.owner, entry.exact, len(entry.data), 0)
+        file = BlockFile(self._namespace, entry.block_hash, entry.owner, entry.exact, len(entry.data), 0, entry.partial)
         with self._lock:
             there = self._index.find(file.key)
             if there and (there.exact or not entry.exact):

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from emberkv.errors import ConfigError, UntrustedPathError
 from emberkv.files import open_own_file
+from emberkv.tiers.partial import PartialPlace
 
 MAGIC = b"EMBERSHM"
-VERSION = 1
+VERSION = 2
 MAX_OWNER_BYTES = 128
 REMEMBERED = 1024
 """Removals, and as many changed slots times four, that a process may be behind."""
@@ -38,10 +39,12 @@ _HEADER = struct.Struct("=8sQQQ32s")
 _WRITING, _CHANGES, _REMOVALS = 16, 17, 18
 """Words of the header: the slot being written plus 1, or 0; the count of changed slots; the count of removals."""
 
-_SLOT = struct.Struct("=IBBxx32s128s")
-"""Size, state, bytes of the owner's name, block hash, owner; in the table behind the sequence number and last use."""
+_SLOT = struct.Struct("=IBBxx32s128sI32s32s")
+"""Size, state, bytes of the owner's name, block hash, owner, and a `PartialPlace`'s count, 0 for a full block, its
+parent and what is before it; in the table behind the sequence number and last use.
+"""
 
-_SLOT_WORDS = 24
+_SLOT_WORDS = 32
 _EMPTY, _INEXACT, _EXACT = 0, 1, 2
 _SEQUENCE, _USED = 0, 1
 
@@ -54,16 +57,22 @@ _USERS, _WRITER = 0, 1
 ALL = bytes(32)
 """Stands for all blocks in the ring of removals."""
 
+_NOWHERE = PartialPlace(b"", b"", 0)
+"""In the slot of a full block."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a slot holds. used: when it was last used, in nanoseconds of the monotonic clock."""
+    """What a slot holds. used: when it was last used, in nanoseconds of the monotonic clock. partial: where the block
+    lies, if it is a partial one.
+    """
 
     block_hash: bytes
     owner: str
     size: int
     exact: bool
     used: int
+    partial: PartialPlace | None = None
 
 
 class Arena:
@@ -195,11 +204,13 @@ class Arena:
         at = self._data_at + number * self.slot_bytes
         os.posix_fallocate(self._descriptor, at, self.slot_bytes)
         state = _EXACT if slot.exact else _INEXACT
-        meta = _SLOT.pack(len(data), state, len(owner), slot.block_hash, owner)
+        where = slot.partial or _NOWHERE
+        place = where.count, where.parent, where.previous
+        meta = _SLOT.pack(len(data), state, len(owner), slot.block_hash, owner, *place)
         self._change(number, meta, slot.used, data)
 
     def erase(self, number: int) -> None:
-        self._change(number, _SLOT.pack(0, _EMPTY, 0, b"", b""), 0, b"")
+        self._change(number, _SLOT.pack(0, _EMPTY, 0, b"", b"", 0, b"", b""), 0, b"")
 
     def note_removals(self, block_hashes: Iterable[bytes]) -> None:
         """Stores of these that other processes are about to make are refused."""
@@ -218,7 +229,7 @@ class Arena:
         word = number * _SLOT_WORDS
         sequence = self._table[word + _SEQUENCE]
         at = self._table_at + 8 * (word + 2)
-        size, state, owner_bytes, found, owner = _SLOT.unpack(self._bytes[at : at + _SLOT.size])
+        size, state, owner_bytes, found, owner, *place = _SLOT.unpack(self._bytes[at : at + _SLOT.size])
         if (
             sequence % 2
             or state == _EMPTY
@@ -233,7 +244,9 @@ class Arena:
         used = self._table[word + _USED]
         if self._table[word + _SEQUENCE] != sequence:
             return None, b""
-        return Slot(found, owner[:owner_bytes].decode(errors="replace"), size, state == _EXACT, used), data
+        count, parent, previous = place
+        partial = PartialPlace(parent, previous, count) if count else None
+        return Slot(found, owner[:owner_bytes].decode(errors="replace"), size, state == _EXACT, used, partial), data
 
     def _change(self, number: int, meta: bytes, used: int, data: bytes) -> None:
         word = number * _SLOT_WORDS

@@ -18,7 +18,8 @@ from pathlib import Path
 from emberkv.core.policies.eviction import LRU, EntryCost
 from emberkv.errors import ConfigError, UntrustedPathError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
-from emberkv.tiers.shm.arena import ALL, MAX_OWNER_BYTES, Arena, Slot, check_room, remove_unused
+from emberkv.tiers.partial import PartialIndex, PartialPlace
+from emberkv.tiers.shm.arena import ALL, MAX_OWNER_BYTES, VERSION, Arena, Slot, check_room, remove_unused
 from emberkv.tiers.stats import TierStats, Troubles
 from emberkv.tiers.store_id import folder_id
 
@@ -48,11 +49,15 @@ class _Held:
 class ShmTier(Tier):
     """A `Tier` in an arena of this user, made by `open`.
 
+    Slots have the size of the first full block that is stored; before that no partial blocks are stored, whose records
+    are smaller.
+
     max_bytes: of the arena, where this process is the first one that stores; else the arena's own size holds. Memory is
     taken as slots are filled, and given back when the last process closes the tier.
     """
 
     refresh_seconds = REFRESH_SECONDS
+    keeps_partial = True
 
     def __init__(self, path: Path, max_bytes: int, *, digest: bytes, policy: PolicyFactory, name: str) -> None:
         self.name = name
@@ -66,6 +71,7 @@ class ShmTier(Tier):
         self._policy = policy()
         self._index: dict[bytes, _Held] = {}
         self._by_number: dict[int, _Held] = {}
+        self._partial = PartialIndex()
         self._free: set[int] = set()
         self._changes = 0
         self._owners: Counter[str] = Counter()
@@ -94,7 +100,7 @@ class ShmTier(Tier):
             raise ConfigError(f"the shared-memory tier's size is {max_bytes} bytes; it must be above 0")
         digest = sha256(namespace).digest()
         mine = f"emberkv-{os.geteuid()}-"
-        path = folder / f"{mine}{digest.hex()[:32]}"
+        path = folder / f"{mine}{VERSION}-{digest.hex()[:32]}"
         remove_unused(folder, f"{mine}*", keep=path)
         tier = cls(path, max_bytes, digest=digest, policy=policy, name=name)
         try:
@@ -117,12 +123,28 @@ class ShmTier(Tier):
             return 0
         for position, block_hash in enumerate(block_hashes):
             held = self._index.get(block_hash)
-            if held is None or (exact and not held.slot.exact) or block_hash in self._unremoved:
+            if held is None or (exact and not held.slot.exact) or self._is_unremoved(held):
                 return position
         return len(block_hashes)
 
+    def _is_unremoved(self, held: _Held) -> bool:
+        """Whether it is to be removed, or goes with what is."""
+        unremoved, place = self._unremoved, held.slot.partial
+        return bool(unremoved) and (
+            held.slot.block_hash in unremoved or (place is not None and place.is_removed_with(unremoved))
+        )
+
     def block_hashes(self) -> list[bytes]:
-        return list(self._index)
+        block_hashes = list(self._index)
+        if not len(self._partial):
+            return block_hashes
+        return [block_hash for block_hash in block_hashes if self._partial.place(block_hash) is None]
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        return self._partial.counts(parent)
+
+    def partial_place(self, block_hash: bytes) -> PartialPlace | None:
+        return self._partial.place(block_hash)
 
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         self.touch(block_hashes)
@@ -153,7 +175,7 @@ class ShmTier(Tier):
                 self._follow(arena)
             count = 0
             for entry in reversed(entries):
-                if removed(entry.block_hash) and entry.block_hash not in self._index:
+                if entry.block_hash not in self._index and any(map(removed, _names_of(entry))):
                     self._skip("removed meanwhile", 1)
                     continue
                 with self._lock:
@@ -207,6 +229,7 @@ class ShmTier(Tier):
             self._closed = True
             arena, self._arena = self._arena, None
             self._index, self._by_number = {}, {}
+            self._partial.clear()
             if arena is not None:
                 arena.close()
 
@@ -230,7 +253,11 @@ class ShmTier(Tier):
         """The arena, with slots for records such as these."""
         if not entries:
             return None
-        largest = max(len(entry.data) for entry in entries)
+        full = [len(entry.data) for entry in entries if entry.partial is None]
+        if not full:
+            self._skip("no arena yet", len(entries))
+            return None
+        largest = max(full)
         with self._writing:
             if self._arena is not None or self._closed:
                 return self._arena
@@ -283,6 +310,8 @@ class ShmTier(Tier):
         self._free.discard(held.number)
         self._index[key] = self._by_number[held.number] = held
         self._owners[held.slot.owner] += 1
+        if held.slot.partial is not None:
+            self._partial.add(key, held.slot.partial)
         self._admit(held)
 
     def _admit(self, held: _Held) -> None:
@@ -299,13 +328,17 @@ class ShmTier(Tier):
         del self._index[held.slot.block_hash], self._by_number[held.number]
         self._owners[held.slot.owner] -= 1
         self._free.add(held.number)
+        self._partial.discard(held.slot.block_hash)
 
     def _load(self, block_hash: bytes) -> TierEntry | None:
         held, arena = self._index.get(block_hash), self._arena
-        if held is None or arena is None or self._uncleared or block_hash in self._unremoved:
+        if held is None or arena is None or self._uncleared or self._is_unremoved(held):
             return None
         found = arena.read(held.number, block_hash)
-        return None if found is None else TierEntry(block_hash, found[0].owner, found[1], found[0].exact)
+        if found is None:
+            return None
+        slot, data = found
+        return TierEntry(block_hash, slot.owner, data, slot.exact, slot.partial)
 
     def _store_one(self, arena: Arena, entry: TierEntry, evicted: list[bytes]) -> bool:
         there = self._index.get(entry.block_hash)
@@ -328,7 +361,8 @@ class ShmTier(Tier):
         if number is None:
             self._skipped["no room"] += 1
             return False
-        slot = Slot(entry.block_hash, entry.owner, len(entry.data), entry.exact, time.monotonic_ns())
+        stamp = time.monotonic_ns()
+        slot = Slot(entry.block_hash, entry.owner, len(entry.data), entry.exact, stamp, entry.partial)
         try:
             arena.write(number, slot, entry.data)
         except OSError as error:
@@ -365,7 +399,8 @@ class ShmTier(Tier):
         arena.erase(held.number)
         self._strike(held)
         self._evictions += 1
-        evicted.append(held.slot.block_hash)
+        if held.slot.partial is None:
+            evicted.append(held.slot.block_hash)
 
     def _remove(self) -> Removed:
         """Remove what is to be removed."""
@@ -381,11 +416,13 @@ class ShmTier(Tier):
             with self._lock:
                 self._follow(arena)
                 arena.note_removals([ALL] if everything else wanted)
+                with_them = () if everything else self._partial.removed_with(wanted)
                 gone = [each for each in self._index.values() if everything or each.slot.block_hash in wanted]
+                gone += [self._index[each] for each in with_them if each not in wanted]
                 self._erase(arena, gone)
                 self._unremoved -= wanted
                 self._uncleared = self._uncleared and not everything
-        return Removed(len(gone))
+        return Removed(_count_full(gone))
 
     def _drop(self, block_hashes: Sequence[bytes]) -> Removed:
         """Remove these, of which the stores by other processes are not refused."""
@@ -396,7 +433,7 @@ class ShmTier(Tier):
                 self._follow(arena)
                 gone = [held for each in dict.fromkeys(block_hashes) if (held := self._index.get(each)) is not None]
                 self._erase(arena, gone)
-        return Removed(len(gone))
+        return Removed(_count_full(gone))
 
     def _erase(self, arena: Arena, gone: Sequence[_Held]) -> None:
         for held in gone:
@@ -407,3 +444,12 @@ class ShmTier(Tier):
     def _skip(self, reason: str, blocks: int) -> None:
         with self._lock:
             self._skipped[reason] += blocks
+
+
+def _names_of(entry: TierEntry) -> list[bytes]:
+    """What removes a block."""
+    return [entry.block_hash, *(entry.partial.removed_by() if entry.partial is not None else ())]
+
+
+def _count_full(held: Sequence[_Held]) -> int:
+    return sum(each.slot.partial is None for each in held)

@@ -6,6 +6,7 @@ import torch
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.paged_attention import LayerCall, Run
 from emberkv.engine.torch.model.geometry import HeadShape, LayerGeometry, ModelGeometry
+from emberkv.engine.torch.model.state_layers import StateGeometry
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, RequestError, UnknownLayerError
 from emberkv.tensors import TensorBytes, deserialize_tensor, to_json
@@ -34,6 +35,30 @@ def test_what_is_read_can_be_put_back(paged: ModelFactory, dtype: torch.dtype) -
     pool.write_block(0, contents[0])
     pool.write_block(3, bytes(contents[1]))
     assert torch.equal(pool.storage[[0, 1, 2, 3, 4]], before[[3, 1, 2, 1, 4]])
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 6, 15])
+def test_of_a_block_s_beginning_nothing_behind_it_is_read_but_the_state(
+    dtype: torch.dtype, count: int, *, is_native: bool
+) -> None:
+    usual, other = LayerGeometry(None, None, 1.0), LayerGeometry(None, None, 1.0, head_shape=HeadShape(4, 1, 20))
+    state = StateGeometry(2, columns=3, channels=10)
+    geometry = ModelGeometry(4, 2, 16, 10, 4096, (usual, other), states=(state,))
+    pool = KVPool(geometry, dtype, 2, 16, torch.device("cpu"))
+    pool.packed = is_native
+    pool.blocks.copy_(torch.randn(pool.blocks.shape).abs() + 1)
+    before = pool.blocks.clone()
+    pool.write_block(1, pool.read_beginning(0, count))
+    assert torch.equal(pool.blocks[0], before[0])
+    assert torch.equal(pool.convolved[2][1], pool.convolved[2][0])
+    for layer in range(2):
+        for whole, beginning in zip(pool.read_layer([0], layer), pool.read_layer([1], layer), strict=True):
+            ours, given = of_numbers(beginning), of_numbers(whole)
+            assert given.all()
+            assert torch.equal(ours[:count], given[:count])
+            assert not ours[count:].any()
 
 
 def of_numbers(given: TensorBytes) -> torch.Tensor:

@@ -176,6 +176,28 @@ class KVPool:
         """The bytes of one block."""
         return bytes(self.read_blocks([block_id])[0])
 
+    def read_beginning(self, block_id: int, num_tokens: int) -> memoryview:
+        """The bytes of a block of which only the first tokens are computed, copied once, with zeros for the others'
+        keys and values. Not for int8, which no model takes that has a state and so needs this.
+
+        Raises MemoryError when there is no memory for the copy.
+        """
+        assert self._int8 is None
+        (content,) = self.read_blocks([block_id])
+        parts = torch.frombuffer(content, dtype=self.dtype)[: self.storage.shape[1]]
+        widths = [2 * self.block_size * shape.kv_heads * shape.dim for shape in self.shapes]
+        for part, shape in zip(torch.split(parts, widths), self.shapes, strict=True):
+            keys, values = part.view(2, -1).unbind(0)
+            if self.packed:
+                pair = self._pair
+                keys.view(shape.kv_heads, shape.dim // pair, self.block_size, pair)[:, :, num_tokens:] = 0
+                by_pair = values.view(shape.kv_heads, self.block_size // pair, shape.dim, pair)
+                by_pair[:, num_tokens // pair, :, num_tokens % pair :] = 0
+                by_pair[:, num_tokens // pair + 1 :] = 0
+            else:
+                part.view(2, self.block_size, -1)[:, num_tokens:] = 0
+        return content
+
     def read_layer(self, block_ids: Sequence[int], layer: int) -> tuple[TensorBytes, TensorBytes]:
         """The keys and the values of the model's layer of that number, as they are attended over, each
         ``[len(block_ids) * block_size, kv_heads, head_dim]``.
@@ -208,10 +230,14 @@ class KVPool:
             param="layer",
         )
 
+    @property
+    def _pair(self) -> int:
+        """Of `layout.hpp`."""
+        return 1 if self.dtype is torch.float32 else 2
+
     def _unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What `gather` gives of blocks in the order of native/layout.hpp, in the usual order."""
-        (heads, dim), size = keys.shape[1:], self.block_size
-        pair = 1 if self.dtype is torch.float32 else 2
+        (heads, dim), size, pair = keys.shape[1:], self.block_size, self._pair
         by_unit = keys.reshape(-1, heads, dim // pair, size, pair).permute(0, 3, 1, 2, 4)
         by_token = values.reshape(-1, heads, size // pair, dim, pair).permute(0, 2, 4, 1, 3)
         return by_unit.reshape(keys.shape), by_token.reshape(values.shape)
