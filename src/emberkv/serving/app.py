@@ -131,19 +131,21 @@ def create_app(
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
     app.add_exception_handler(ClientDisconnect, client_disconnected)
-    for router in routers:
-        app.include_router(router(parts))
+    made = [router(parts) for router in routers]
     keys, guard, preparer, answers = parts.keys, parts.guard, parts.preparer, parts.answers
-    app.include_router(openai_router(lifecycle, keys, preparer, answers))
-    app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
-    app.include_router(responses_router(keys, preparer, answers, parts.responses))
-    app.include_router(tokenizer_router(lifecycle, keys, preparer))
-    app.include_router(cache_router(lifecycle, guard, parts.tenants, preparer, answers, wall_clock))
-    app.include_router(
-        dashboard_router(lifecycle, guard, answers.traffic, wall_clock, volatile_lines=answers.volatile_lines)
-    )
-    app.include_router(_status_router(lifecycle))
-    app.include_router(_metrics_router(guard, metrics, answers))
+    made += [
+        openai_router(lifecycle, keys, preparer, answers),
+        anthropic_router(lifecycle, keys, preparer, answers),
+        responses_router(keys, preparer, answers, parts.responses),
+        tokenizer_router(lifecycle, keys, preparer),
+        cache_router(lifecycle, guard, parts.tenants, preparer, answers, wall_clock),
+        dashboard_router(lifecycle, guard, answers.traffic, wall_clock, volatile_lines=answers.volatile_lines),
+        _status_router(lifecycle),
+        _metrics_router(guard, metrics, answers),
+    ]
+    for router in made:
+        # FastAPI would make each route of a router that it includes again, and go through routers at each request.
+        app.router.routes.extend(router.routes)
     _add_descriptions(app, settings, keys)
     return app
 

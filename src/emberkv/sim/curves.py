@@ -301,7 +301,7 @@ class SampledReplay:
         if not 0 < share < 1:
             raise ConfigError(f"a share of {share} is no sample; it must be above 0 and below 1")
         self._accesses = list(sample(accesses, share))
-        self._asked = sum(access.asked for access in self._accesses)
+        self._lru = LRUCurve(self._accesses)
         self._blocks = len({block for access in self._accesses for block in access.blocks[: access.asked]})
         self._exact = exact
         self._share = share
@@ -319,19 +319,24 @@ class SampledReplay:
         unlimited = self._exact.unlimited
         for capacity in capacities:
             exact, small = self._exact.at(capacity), max(1, round(capacity * self._share))
-            lru = replay(self._accesses, small)
+            lru = self._lru_hits(small)
             other = replay(
                 self._accesses, small, policy, block_cost=lambda position: block_cost(round(position / self._share))
             )
-            hits = min(unlimited.hits, max(0, exact.hits + round((other.hits - lru.hits) / self._share)))
+            hits = min(unlimited.hits, max(0, exact.hits + round((other.hits - lru) / self._share)))
             tokens = round(unlimited.hit_tokens * hits / unlimited.hits) if unlimited.hits else 0
             points.append(replace(exact, hits=hits, hit_tokens=tokens))
-            misses = (self._asked - lru.hits) / self._share
+            misses = (self._lru.asked - lru) / self._share
             rate = hits / max(1, exact.references)
             by_chance = 2 * sqrt(rate * (1 - rate) / max(1, self._blocks))
             off = abs(misses - (self._exact.asked - exact.hits)) / max(1, exact.references)
             error = max(error, off, by_chance)
         return points, error
+
+    def _lru_hits(self, capacity: int) -> int:
+        """LRU's hits in the sample. The curve holds where no request of the sample is refused."""
+        found = self._lru.at(capacity) if capacity >= self._lru.smallest else replay(self._accesses, capacity)
+        return found.hits
 
 
 MOST_REQUESTS = 100_000

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -170,8 +171,16 @@ def template_variables(text: str) -> set[str]:
     True
     """
     compiled: Any = chat_template_utils._compile_jinja_template  # untyped; it keeps what it has compiled
-    environment: Environment = compiled(text).environment
-    return meta.find_undeclared_variables(environment.parse(text))
+    compiled(text)
+    return meta.find_undeclared_variables(_parsed(text))
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> nodes.Template:
+    """Parsed as transformers' environment would; a start looks at each template several times."""
+    compiled: Any = chat_template_utils._compile_jinja_template  # untyped
+    environment: Environment = compiled("").environment
+    return environment.parse(text)
 
 
 def ignores_tools(text: str, with_tools: str, special: Mapping[str, str]) -> bool:
@@ -188,8 +197,7 @@ def _render(
     conversation: Sequence[Mapping[str, str]],
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    compiled: Any = chat_template_utils._compile_jinja_template  # untyped
-    _check_constants(compiled("").environment.parse(text))
+    _check_constants(_parsed(text))
     render: Any = chat_template_utils.render_jinja_template
     messages = [[dict(message) for message in conversation]]
     with _bounded_steps():

@@ -1,6 +1,8 @@
 """What a model's attention looks like, and the refusal of every other kind by the name of what it has."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
 from emberkv.engine.torch.model.geometry import HeadShape, Window
-from emberkv.engine.torch.model.inspection import inspect_geometry, inspect_model
+from emberkv.engine.torch.model.inspection import ModelShape, inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
-from emberkv.errors import UnsupportedModelError
-from tests.architectures import ALSO_SUPPORTED, REFUSED
+from emberkv.errors import CorruptModelError, UnsupportedModelError
+from tests.architectures import ALSO_SUPPORTED, REFUSED, SUPPORTED
 from tests.conftest import CheckpointFactory
 
 REASONS = {
@@ -77,16 +79,44 @@ def test_layers_have_heads_of_their_own(checkpoint: CheckpointFactory) -> None:
     assert shared.kv_shapes() == [usual, usual, HeadShape(4, 2, 32)]
 
 
-def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: CheckpointFactory) -> None:
-    """Other threads may build models meanwhile, and it is one for the process."""
-    config = AutoConfig.from_pretrained(checkpoint("llama", torch.bfloat16))
-    seen = set()
-    handle = register_module_module_registration_hook(lambda *_: seen.add(torch.get_default_dtype()))
+@contextmanager
+def modules_made(on_module: Callable[[], None]) -> Iterator[None]:
+    """Calls it for each module that is made within, anywhere in the process."""
+    handle = register_module_module_registration_hook(lambda *_: on_module())
     try:
-        inspect_model(config)
+        yield
     finally:
         handle.remove()
+
+
+def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built() -> None:
+    """Other threads may build models meanwhile, and it is one for the process."""
+    config = AutoConfig.for_model("llama", **SUPPORTED["llama"] | {"intermediate_size": 40, "dtype": "bfloat16"})
+    seen = set[torch.dtype]()
+    with modules_made(lambda: seen.add(torch.get_default_dtype())):
+        inspect_model(config)
     assert seen == {torch.float32}
+
+
+def test_models_that_are_described_alike_are_built_once() -> None:
+    """However they are named; what differs in a value, or in its type alone, is another model."""
+    settings = SUPPORTED["llama"] | {"intermediate_size": 56}
+
+    def inspected(name: str, **changes: object) -> tuple[int, ModelShape]:
+        config = AutoConfig.for_model("llama", **settings, name_or_path=name)
+        vars(config).update(changes)
+        made: list[None] = []
+        with modules_made(lambda: made.append(None)):
+            shape = inspect_model(config)
+        return len(made), shape
+
+    built, shape = inspected("one")
+    assert built > 0
+    assert inspected("other") == (0, shape)
+    assert inspected("one", intermediate_size=72)[1].shapes["model.layers.0.mlp.up_proj.weight"] == (72, 64)
+    assert inspected("one") == (0, shape)
+    with pytest.raises(CorruptModelError, match="describes no llama model that can be built"):
+        inspected("one", intermediate_size=56.0)
 
 
 @pytest.mark.parametrize("arch", ["deepseek_v2", "deepseek_v3"])

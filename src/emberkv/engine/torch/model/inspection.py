@@ -5,10 +5,12 @@ function that only takes notes. What is served is then what the model really doe
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import inf, prod
 from threading import get_ident
 from traceback import walk_tb
@@ -159,10 +161,10 @@ class ModelShape:
     """
 
     geometry: ModelGeometry
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
-    linears: dict[str, tuple[int, ...]]
-    experts: dict[str, tuple[int, int, int]]
+    linears: Mapping[str, tuple[int, ...]]
+    experts: Mapping[str, tuple[int, int, int]]
     output: str | None
     tied: bool
     prefix: str
@@ -209,17 +211,45 @@ def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
 def inspect_model(config: PretrainedConfig) -> ModelShape:
     """What the model that ``config`` describes would be, without its weights.
 
+    It is built and traced once for all configs that say the same.
+
     Raises UnsupportedModelError naming the layer type when the model keeps other state than per-token keys and
     values, or attends in a way that this engine does not compute; CorruptModelError when it describes no model.
     """
+    text = _text_of(config)
     try:
-        return _inspect(config)
+        return _inspect(config) if text is None else _inspected(_Described(text, config))
     except EmberError:
         raise
     except Exception as error:  # the architecture's own code, on unchecked values
         raise CorruptModelError(
             f"config.json describes no {config.model_type} model that can be built: {reason_of(error)}"
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A config, equal to others of the same text."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+
+def _text_of(config: PretrainedConfig) -> str | None:
+    """All that an inspection depends on; None for values that JSON does not have, as a program may have set them."""
+    try:
+        values = config.to_dict()
+        values.pop("_name_or_path", None)
+        text = json.dumps(values, sort_keys=True)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+    experts = getattr(config, "_experts_implementation_internal", None)  # `to_dict` leaves it out
+    return f"{type(config)} {experts!r} {text}"
+
+
+@lru_cache(maxsize=64)
+def _inspected(described: _Described) -> ModelShape:
+    return _inspect(described.config)
 
 
 def _inspect(config: PretrainedConfig) -> ModelShape:
