@@ -1,6 +1,8 @@
 """Tiny random models with real tokenizers, written to disk as checkpoints: the tests' model zoo."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +34,11 @@ _TEXT = (
 
 def byte_level_bpe() -> Tokenizer:
     """A byte-level BPE of VOCAB_SIZE tokens, trained here; ids 0 to 2 are its special tokens."""
+    return Tokenizer.from_str(_trained())
+
+
+@cache
+def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +49,8 @@ def byte_level_bpe() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    return tokenizer
+    trained: str = tokenizer.to_str()
+    return trained
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,6 +64,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write `tiny_tokenizer` as transformers saves it."""
+    for name, content in _tokenizer_files().items():
+        (folder / name).write_bytes(content)
+
+
+@cache
+def _tokenizer_files() -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        tiny_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def tiny_model(arch: str, folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
@@ -73,5 +94,5 @@ def tiny_model(arch: str, folder: Path, dtype: torch.dtype = torch.float32, *, s
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.5 if "embed" in name or "wte" in name else 0.2)
     model.to(dtype).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder

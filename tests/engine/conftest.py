@@ -11,7 +11,7 @@ from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel, load_model
 from emberkv.engine.torch.native.kernels import Kernels
 from tests.conftest import CheckpointFactory
-from tests.engine.driver import Driver
+from tests.engine.driver import Driver, Engines
 from tests.machine import MACHINE_CACHE
 
 ModelFactory = Callable[..., LoadedModel]
@@ -55,3 +55,10 @@ def kernels() -> Kernels:
 def driver(request: pytest.FixtureRequest, kernels: Kernels) -> DriverFactory:
     """``driver(loaded, ...)``: a `Driver` by torch's own operations, and by the C++ kernels."""
     return partial(Driver, kernels=kernels if request.param == "native" else None)
+
+
+@pytest.fixture(scope="module")
+def engines(request: pytest.FixtureRequest, paged: ModelFactory, kernels: Kernels) -> Engines:
+    """Of the backend, the architecture and the type that are a test's parameters, by `paged` and `driver`'s names."""
+    backend, arch, dtype = request.param
+    return Engines(arch, dtype, paged, kernels if backend == "native" else None)

@@ -2,6 +2,7 @@
 
 from collections import abc
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from emberkv.engine.torch.self_check import Findings, tokens_that_count
 BLOCK = 8
 TILE = 16
 CHUNK = 64
+NUM_BLOCKS = 256
 
 _found: dict[tuple[object, ...], Findings] = {}
 """What self-checks have found in this process, by all that they depend on here. A check takes longer than most tests
@@ -58,7 +60,7 @@ class Driver:
         self,
         loaded: LoadedModel,
         *,
-        num_blocks: int = 256,
+        num_blocks: int = NUM_BLOCKS,
         exact: bool = False,
         prefix_cache: bool = True,
         max_step_tokens: int = 256,
@@ -132,6 +134,47 @@ class Driver:
         tables = [[block.block_id for block in each.held.blocks] for each in plan.decodes]
         lengths = [len(each.chain) for each in plan.decodes]
         self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, self.least_shared))
+
+
+class Engines:
+    """Two engines of a kind over the same weights, for all tests of them: most compute for less time than it takes to
+    make an engine.
+
+    Each driver has a cache of its own, and overwrites what earlier ones of its engine have computed. load: gives a
+    model for one engine, of ``arch`` and ``dtype``. kernels: see `TorchEngine`.
+    """
+
+    def __init__(
+        self, arch: str, dtype: str, load: abc.Callable[[str, str], LoadedModel], kernels: Kernels | None
+    ) -> None:
+        self.arch = arch
+        self.dtype = dtype
+        self.name = f"{arch} {dtype}"
+        self._load = load
+        self._kernels = kernels
+
+    @cached_property
+    def _first(self) -> TorchEngine:
+        return _engine(self._load(self.arch, self.dtype), NUM_BLOCKS, BLOCK, self._kernels)
+
+    @cached_property
+    def _second(self) -> TorchEngine:
+        return _engine(self._load(self.arch, self.dtype), NUM_BLOCKS, BLOCK, self._kernels)
+
+    def warm(self, *, num_blocks: int = NUM_BLOCKS, exact: bool = False, max_step_tokens: int = 256) -> Driver:
+        """num_blocks: that it uses of the engine's."""
+        return Driver(
+            self._first.loaded,
+            num_blocks=num_blocks,
+            exact=exact,
+            max_step_tokens=max_step_tokens,
+            kernels=self._kernels,
+            executor=self._first,
+        )
+
+    def cold(self) -> Driver:
+        """One without a cache, over the engine in whose blocks no warm driver has computed anything."""
+        return Driver(self._second.loaded, prefix_cache=False, kernels=self._kernels, executor=self._second)
 
 
 def _engine(loaded: LoadedModel, num_blocks: int, block_size: int, kernels: Kernels | None) -> TorchEngine:

@@ -48,7 +48,7 @@ EDGES = [
 BODIES = ["", "null", "[]", '"a"', "1", "{", "{}", "\ufeff{}", DEEP, '{"model":"tiny","model":1}', "\ud800"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def app() -> FastAPI:
     core = CoreEngine()
     lifecycle = Lifecycle()

@@ -1,7 +1,9 @@
 """Each further architecture: hits against cold runs bit by bit, and logits against transformers' own."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -55,29 +57,41 @@ def text(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-def own_logits(checkpoint: CheckpointFactory, arch: str, tokens: list[int]) -> torch.Tensor:
-    """``[tokens, vocab]``: what transformers computes without any of ours."""
-    implementation = own_implementation(AutoConfig.from_pretrained(checkpoint(arch)))
+OwnLogits = Callable[[str, list[int]], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def own_logits(checkpoint: CheckpointFactory) -> OwnLogits:
+    """``own_logits(arch, tokens)``, ``[tokens, vocab]``: what transformers computes without any of ours."""
     auto_class: Any = AutoModelForCausalLM
-    plain = auto_class.from_pretrained(checkpoint(arch), attn_implementation=implementation, dtype=torch.float32)
-    with torch.inference_mode():
-        logits: torch.Tensor = plain(torch.tensor([tokens])).logits[0]
-    return logits
+
+    @cache
+    def plain(arch: str) -> Any:
+        implementation = own_implementation(AutoConfig.from_pretrained(checkpoint(arch)))
+        return auto_class.from_pretrained(checkpoint(arch), attn_implementation=implementation, dtype=torch.float32)
+
+    def get(arch: str, tokens: list[int]) -> torch.Tensor:
+        model = plain(arch)
+        with torch.inference_mode():
+            logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+        return logits
+
+    return get
 
 
-def assert_logits_are_transformers(checkpoint: CheckpointFactory, arch: str, driver: Driver) -> None:
+def assert_logits_are_transformers(own_logits: OwnLogits, arch: str, driver: Driver) -> None:
     """Of a prompt longer than windows and chunks, half of which is cached, and of what follows it."""
     prompt = text(random.Random(arch), 150)
     driver.run_one(prompt[:100])
     run = driver.run_one(prompt, new=4)
-    expected = own_logits(checkpoint, arch, prompt + run.tokens[:-1])[len(prompt) - 1 :]
+    expected = own_logits(arch, prompt + run.tokens[:-1])[len(prompt) - 1 :]
     assert run.cached >= CHUNK
     torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("served", FLOAT32, indirect=True, ids="-".join)
-def test_with_the_kernels_logits_are_those_of_transformers(served: Served, checkpoint: CheckpointFactory) -> None:
-    assert_logits_are_transformers(checkpoint, served.arch, served.warm)
+def test_with_the_kernels_logits_are_those_of_transformers(served: Served, own_logits: OwnLogits) -> None:
+    assert_logits_are_transformers(own_logits, served.arch, served.warm)
 
 
 @pytest.mark.parametrize("served", COMBINATIONS, indirect=True, ids="-".join)
@@ -138,9 +152,9 @@ def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory,
 
 @pytest.mark.parametrize("arch", OF_EACH_KIND)
 def test_without_the_kernels_logits_are_those_of_transformers(
-    paged: ModelFactory, checkpoint: CheckpointFactory, arch: str
+    paged: ModelFactory, own_logits: OwnLogits, arch: str
 ) -> None:
-    assert_logits_are_transformers(checkpoint, arch, Driver(paged(arch)))
+    assert_logits_are_transformers(own_logits, arch, Driver(paged(arch)))
 
 
 def test_the_table_in_the_docs_is_what_is_tested() -> None:

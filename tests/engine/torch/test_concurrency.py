@@ -15,12 +15,12 @@ def test_greedy_answers_are_those_given_alone(driver: DriverFactory, paged: Mode
     stem = text(rng, 520)
     prompts = [stem + text(rng, tail) for tail in (1, 3, 20, 50)] + [text(rng, length) for length in (1, 40, 130)]
     alone = driver(paged(arch), prefix_cache=False)
-    expected = [alone.run_one(prompt, new=24).tokens for prompt in prompts]
-    together = driver(paged(arch), num_blocks=80)
+    expected = [alone.run_one(prompt, new=12).tokens for prompt in prompts]
+    together = driver(alone.executor.loaded, num_blocks=80, executor=alone.executor)
     assert len(stem) > together.least_shared
     together.run_one(stem)
 
-    answers = together.run(*prompts, new=24)
+    answers = together.run(*prompts, new=12)
 
     assert [run.tokens for run in answers] == expected
     assert together.stats.preemptions > 0

@@ -1,6 +1,8 @@
 """A hit's logits and state equal a cold run's to the last bit, whatever was served in between."""
 
+import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,22 +14,35 @@ from emberkv.engine.torch.model.loader import LoadedModel, load_model
 from emberkv.engine.torch.native.kernels import Kernels
 from tests.architectures import SUPPORTED
 from tests.engine.conftest import DriverFactory, ModelFactory
-from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Run
-from tests.models import VOCAB_SIZE, tiny_tokenizer
+from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Engines, Run
+from tests.models import VOCAB_SIZE, save_tokenizer
 
 COMBINATIONS = [(arch, dtype) for arch in sorted(SUPPORTED) for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [("llama", "float16"), ("gemma2", "float16")]
 COMBINATIONS += [("llama", "int8 bfloat16"), ("phi3", "int4 float32")]
 COMBINATIONS += [("mistral", "bfloat16/int8"), ("gemma2", "float32/int8")]
+NATIVE = [("native", *combination) for combination in COMBINATIONS]
+ALL = [*NATIVE, *(("torch", *combination) for combination in COMBINATIONS)]
 
 TAILS = (1, 1, 2, BLOCK, TILE - 1, TILE, TILE + 1, 37, CHUNK - 1, CHUNK, CHUNK + 1, 100)
+
+EVERY_KIND = pytest.mark.parametrize("engines", ALL, indirect=True, ids="-".join)
+EVERY_NATIVE_KIND = pytest.mark.parametrize("engines", NATIVE, indirect=True, ids="-".join)
+
+
+def half(lengths: tuple[int, ...], engines: Engines) -> tuple[int, ...]:
+    """Every second of the lengths, which ones by the kind: each architecture and each type gets all of them, but not
+    with each other.
+    """
+    place = COMBINATIONS.index((engines.arch, engines.dtype))
+    return lengths[(place // 2 + place) % 2 :: 2]
 
 
 def text(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-def branches(rng: random.Random, stem: list[int], tails: tuple[int, ...] = TAILS) -> list[tuple[int, list[int]]]:
+def branches(rng: random.Random, stem: list[int], tails: tuple[int, ...]) -> list[tuple[int, list[int]]]:
     """Prompts that follow the stem to a random place and then go another way: (common tokens, prompt)."""
     found = []
     for tail in tails:
@@ -43,16 +58,14 @@ def assert_equal_bits(warm: Run, cold: Run) -> None:
         assert torch.equal(ours, theirs), f"{warm.cached} cached of {warm.sequence.prompt_tokens}"
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_hits_have_the_logits_and_the_state_of_a_cold_run(
-    driver: DriverFactory, paged: ModelFactory, arch: str, dtype: str
-) -> None:
-    rng = random.Random(f"{arch} {dtype}")
-    warm, cold = driver(paged(arch, dtype)), driver(paged(arch, dtype), prefix_cache=False)
+@EVERY_KIND
+def test_hits_have_the_logits_and_the_state_of_a_cold_run(engines: Engines) -> None:
+    rng = random.Random(engines.name)
+    warm, cold = engines.warm(), engines.cold()
     unit = warm.executor.alignment
     stem = text(rng, 330)
     assert warm.run_one(stem).cached == 0
-    for common, prompt in branches(rng, stem):
+    for common, prompt in branches(rng, stem, half(TAILS, engines)):
         hit, computed = warm.run_one(prompt), cold.run_one(prompt)
         assert hit.cached // unit * unit == common // unit * unit
         assert warm.executor.batch_invariant or hit.cached % unit == 0
@@ -64,30 +77,28 @@ def test_hits_have_the_logits_and_the_state_of_a_cold_run(
     assert warm.stats.prefill_tokens == warm.stats.query_tokens - warm.stats.hit_tokens
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_eviction_in_between_changes_no_bit(driver: DriverFactory, paged: ModelFactory, arch: str, dtype: str) -> None:
-    rng = random.Random(f"{arch} {dtype}")
-    warm, cold = driver(paged(arch, dtype), num_blocks=72), driver(paged(arch, dtype), prefix_cache=False)
-    stem = text(rng, 330)
-    for tail in (1, 20, TILE, CHUNK + 1):
+@EVERY_KIND
+def test_eviction_in_between_changes_no_bit(engines: Engines) -> None:
+    rng = random.Random(engines.name)
+    warm, cold = engines.warm(num_blocks=44), engines.cold()
+    stem = text(rng, 200)
+    for tail in half((1, 20, TILE, CHUNK + 1), engines):
         warm.run_one(stem)
-        warm.run_one(text(rng, 400))  # takes the blocks of the stem's end
-        prompt = [*stem[:320], *text(rng, tail)]
+        warm.run_one(text(rng, 250))  # takes the blocks of the stem's end
+        prompt = [*stem[: 3 * CHUNK], *text(rng, tail)]
         hit = warm.run_one(prompt)
-        assert 0 < hit.cached < 320 // CHUNK * CHUNK
+        assert 0 < hit.cached < 3 * CHUNK
         assert_equal_bits(hit, cold.run_one(prompt))
     assert warm.stats.evicted_blocks > 0
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(
-    driver: DriverFactory, paged: ModelFactory, arch: str, dtype: str
-) -> None:
+@EVERY_KIND
+def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(engines: Engines) -> None:
     """Whoever computed them: prefills cut by hits, together with others that decode."""
-    rng = random.Random(f"{arch} {dtype}")
-    warm, cold = driver(paged(arch, dtype)), driver(paged(arch, dtype), prefix_cache=False)
+    rng = random.Random(engines.name)
+    warm, cold = engines.warm(), engines.cold()
     stem = text(rng, 200)
-    prompts = [stem, *(prompt for _, prompt in branches(rng, stem, tails=(1, 30, 70)))]
+    prompts = [stem, *(prompt for _, prompt in branches(rng, stem, (1, 30, 70)))]
     runs = warm.run(*prompts, new=20)
     exact = inexact = 0
     for run in runs:
@@ -103,14 +114,14 @@ def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(
     assert bool(inexact) is not warm.executor.batch_invariant  # decode steps filled some
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_neighbours_in_a_step_change_no_bit(driver: DriverFactory, paged: ModelFactory, arch: str, dtype: str) -> None:
+@EVERY_KIND
+def test_neighbours_in_a_step_change_no_bit(engines: Engines) -> None:
     """The first token's scores, computed in one step with other prompts and with sequences that decode."""
-    rng = random.Random(f"{arch} {dtype}")
-    warm, cold = driver(paged(arch, dtype), max_step_tokens=96), driver(paged(arch, dtype), prefix_cache=False)
+    rng = random.Random(engines.name)
+    warm, cold = engines.warm(max_step_tokens=96), engines.cold()
     stem = text(rng, 200)
     warm.run_one(stem)
-    prompts = [text(rng, 5), *(prompt for _, prompt in branches(rng, stem, tails=(1, 9, TILE + 1, 70))), text(rng, 90)]
+    prompts = [text(rng, 5), *(prompt for _, prompt in branches(rng, stem, (1, 9, TILE + 1, 70))), text(rng, 90)]
     runs = warm.run(*prompts, new=12)
     assert sum(run.cached for run in runs) > 0
     assert warm.mixed_steps > 0
@@ -141,32 +152,28 @@ def test_exact_mode_does_not_reuse_what_decode_steps_computed(paged: ModelFactor
     assert_equal_bits(second_visit, computed)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_with_the_kernels_an_answer_is_reused_as_exactly_as_a_prompt(
-    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
-) -> None:
+@EVERY_NATIVE_KIND
+def test_with_the_kernels_an_answer_is_reused_as_exactly_as_a_prompt(engines: Engines) -> None:
     rng = random.Random(3)
     prompt, question = text(rng, 2 * CHUNK + 3), text(rng, 5)
-    exact = Driver(paged(arch, dtype), exact=True, kernels=kernels)
-    if dtype == "float16":
+    exact, cold = engines.warm(exact=True), engines.cold()
+    if engines.dtype == "float16":
         assert not exact.executor.batch_invariant
         return
-    cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
-    second = [*prompt, *exact.run_one(prompt, new=80).tokens, *question]
+    second = [*prompt, *exact.run_one(prompt, new=40).tokens, *question]
 
     visit, computed = exact.run_one(second), cold.run_one(second)
 
-    assert visit.cached == 2 * CHUNK + 3 + 79  # all but the last token, which was never computed
+    assert visit.cached == 2 * CHUNK + 3 + 39  # all but the last token, which was never computed
     assert_equal_bits(visit, computed)
     assert torch.equal(visit.kv, computed.kv)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_with_the_kernels_a_hit_ends_at_any_token(paged: ModelFactory, kernels: Kernels, arch: str, dtype: str) -> None:
+@EVERY_NATIVE_KIND
+def test_with_the_kernels_a_hit_ends_at_any_token(engines: Engines) -> None:
     """Within a partial block, and within a full one, whose other tokens are then overwritten in the copy."""
-    rng = random.Random(f"{arch} {dtype}")
-    warm = Driver(paged(arch, dtype), kernels=kernels)
-    cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
+    rng = random.Random(engines.name)
+    warm, cold = engines.warm(), engines.cold()
     for extra in range(1, BLOCK):
         stem = text(rng, CHUNK + extra + BLOCK * rng.randrange(2))
         warm.run_one(stem)
@@ -208,19 +215,33 @@ def test_with_the_kernels_any_mix_of_repeats_and_divergences_is_exact(
     assert warm.stats.evicted_blocks > 0
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """``wide(arch, dtype)``: as `paged`, of layers so wide that threads share their work."""
+    models: dict[tuple[str, str], LoadedModel] = {}
+
+    def get(arch: str, dtype: str) -> LoadedModel:
+        if (arch, dtype) not in models:
+            folder = tmp_path_factory.mktemp(arch)
+            write_wide_model(arch, folder)
+            models[arch, dtype] = load(folder, dtype)
+        return replace(models[arch, dtype], model=copy.deepcopy(models[arch, dtype].model))
+
+    return get
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", ["llama", "gemma", "phi3"])
-def test_hits_are_exact_on_several_threads(driver: DriverFactory, tmp_path: Path, arch: str, dtype: str) -> None:
+def test_hits_are_exact_on_several_threads(driver: DriverFactory, wide: ModelFactory, arch: str, dtype: str) -> None:
     """Which share the work of layers wide enough at places that depend on the number of rows."""
-    write_wide_model(arch, tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         rng = random.Random(dtype)
-        warm, cold = (driver(load(tmp_path, dtype), prefix_cache=prefix_cache) for prefix_cache in (True, False))
+        warm, cold = driver(wide(arch, dtype)), driver(wide(arch, dtype), prefix_cache=False)
         stem = text(rng, 300)
         warm.run_one(stem)
-        for _, prompt in branches(rng, stem, tails=(1, 7, 33, 90)):
+        for _, prompt in branches(rng, stem, (1, 7, 33, 90)):
             assert_equal_bits(warm.run_one(prompt), cold.run_one(prompt))
         assert warm.stats.hit_tokens > 0
     finally:
@@ -232,7 +253,7 @@ def write_wide_model(arch: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **settings)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
 
 
 def load(folder: Path, dtype: str) -> LoadedModel:

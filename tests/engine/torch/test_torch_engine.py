@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,48 +19,70 @@ from emberkv.engine.torch.self_check import is_batch_invariant
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.architectures import SUPPORTED
 from tests.conftest import CheckpointFactory
-from tests.engine.conftest import DriverFactory, ModelFactory
-from tests.engine.driver import BLOCK, CHUNK, TILE, Driver
+from tests.engine.conftest import ModelFactory
+from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Engines
 from tests.engine.torch.test_exactness import text
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 LONG = 150
 """Tokens: longer than every window in the zoo, and than two chunks."""
 
+FLOAT32 = [(backend, arch, "float32") for backend in ("torch", "native") for arch in sorted(SUPPORTED)]
+BFLOAT16 = [(backend, arch, "bfloat16") for backend, arch, _ in FLOAT32]
 
-def plain(checkpoint: CheckpointFactory, arch: str, dtype: torch.dtype) -> Any:
+PlainModel = Callable[[str, torch.dtype], Any]
+Answers = Callable[[str], list[tuple[list[int], list[int]]]]
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: CheckpointFactory) -> PlainModel:
+    """``plain(arch, dtype)``: the model as transformers computes it."""
     auto_class: Any = AutoModelForCausalLM
-    return auto_class.from_pretrained(checkpoint(arch), dtype=dtype, attn_implementation="eager").eval()
+
+    @cache
+    def get(arch: str, dtype: torch.dtype) -> Any:
+        return auto_class.from_pretrained(checkpoint(arch), dtype=dtype, attn_implementation="eager").eval()
+
+    return get
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@pytest.fixture(scope="module")
+def answers(plain: PlainModel) -> Answers:
+    """``answers(arch)``: prompts, each with the 40 tokens that transformers goes on with."""
+
+    @cache
+    def get(arch: str) -> list[tuple[list[int], list[int]]]:
+        rng, model = random.Random(arch), plain(arch, torch.float32)
+        model.generation_config.eos_token_id = None
+        found = []
+        for length in (1, 30, LONG):
+            prompt = text(rng, length)
+            both = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
+            found.append((prompt, both[0, length:].tolist()))
+        return found
+
+    return get
+
+
+@pytest.mark.parametrize("engines", [*FLOAT32, *BFLOAT16], indirect=True, ids="-".join)
 @torch.inference_mode()
-def test_logits_are_those_of_transformers(
-    checkpoint: CheckpointFactory, driver: DriverFactory, paged: ModelFactory, arch: str, dtype: torch.dtype
-) -> None:
+def test_logits_are_those_of_transformers(engines: Engines, plain: PlainModel) -> None:
+    arch, dtype = engines.arch, getattr(torch, engines.dtype)
     prompt = text(random.Random(arch), LONG)
-    run = driver(paged(arch, str(dtype).removeprefix("torch."))).run_one(prompt, new=24)
+    run = engines.warm().run_one(prompt, new=24)
     whole = torch.tensor([[*prompt, *run.tokens]])
-    theirs = plain(checkpoint, arch, dtype)(whole).logits[0, LONG - 1 : -1].float()
+    theirs = plain(arch, dtype)(whole).logits[0, LONG - 1 : -1].float()
     ours = torch.stack(run.logits).float()
     error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
     assert error.max() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@pytest.mark.parametrize("engines", FLOAT32, indirect=True, ids="-".join)
 @torch.inference_mode()
-def test_greedy_answers_are_those_of_transformers(
-    checkpoint: CheckpointFactory, driver: DriverFactory, paged: ModelFactory, arch: str
-) -> None:
-    rng = random.Random(arch)
-    model = plain(checkpoint, arch, torch.float32)
-    model.generation_config.eos_token_id = None
-    served = driver(paged(arch))
-    for length in (1, 30, LONG):
-        prompt = text(rng, length)
-        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
-        assert served.run_one(prompt, new=40).tokens == theirs[0, length:].tolist()
+def test_greedy_answers_are_those_of_transformers(engines: Engines, answers: Answers) -> None:
+    served = engines.warm()
+    for prompt, answer in answers(engines.arch):
+        assert served.run_one(prompt, new=40).tokens == answer
 
 
 def engine(

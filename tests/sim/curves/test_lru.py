@@ -1,13 +1,11 @@
 """LRU in one pass: equal to the pool at every capacity, and to the published figures of the Mooncake trace."""
 
 import pytest
-from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.errors import ConfigError
-from emberkv.sim.curves import Access, Hits, LRUCurve, accesses, replay
-from emberkv.workload.source import open_requests
+from emberkv.sim.curves import Access, Hits, LRUCurve, replay
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 
@@ -59,9 +57,9 @@ def test_an_empty_workload_has_an_empty_curve() -> None:
     assert curve.at(1).token_rate == 0
 
 
-def test_the_mooncake_figures() -> None:
-    curve = LRUCurve(accesses(open_requests(MOONCAKE), 512))
-    assert (curve.references, curve.unique, curve.unlimited.hits) == (288_500, 182_790, 105_710)
-    assert round(curve.unlimited.token_rate, 4) == 0.3736
-    rates = [round(curve.at(capacity).block_rate, 4) for capacity in CAPACITIES]
+def test_the_mooncake_figures(mooncake_curve: LRUCurve) -> None:
+    found = (mooncake_curve.references, mooncake_curve.unique, mooncake_curve.unlimited.hits)
+    assert found == (288_500, 182_790, 105_710)
+    assert round(mooncake_curve.unlimited.token_rate, 4) == 0.3736
+    rates = [round(mooncake_curve.at(capacity).block_rate, 4) for capacity in CAPACITIES]
     assert rates == [0.0445, 0.0653, 0.1393, 0.2116, 0.3257, 0.3546, 0.3637]

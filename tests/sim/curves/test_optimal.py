@@ -3,13 +3,11 @@
 from functools import cache
 
 import pytest
-from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.sim.curves import Access, Optimal, accesses, replay
-from emberkv.workload.source import open_requests
+from emberkv.sim.curves import Access, Optimal, replay
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 
@@ -51,7 +49,7 @@ def test_of_a_loop_it_keeps_what_fits(capacity: int, hits: int) -> None:
     assert Optimal([visit_of([root]) for root in (1, 2, 3, 1, 2, 3)]).at(capacity).hits == hits
 
 
-def test_the_mooncake_figures() -> None:
-    bound = Optimal(accesses(open_requests(MOONCAKE), 512))
+def test_the_mooncake_figures(mooncake: list[Access]) -> None:
+    bound = Optimal(mooncake)
     rates = [round(bound.at(capacity).block_rate, 4) for capacity in CAPACITIES]
     assert rates == [0.1907, 0.2945, 0.3551, 0.3664, 0.3664, 0.3664, 0.3664]

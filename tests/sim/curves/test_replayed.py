@@ -1,18 +1,11 @@
 """Any policy through the pool: by hand, against the published figures, and how far a sample is off."""
 
 import pytest
-from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.policies.eviction import EntryCost
 from emberkv.errors import ConfigError
-from emberkv.sim.curves import Access, Hits, LRUCurve, SampledReplay, accesses, replay, sample
-from emberkv.workload.source import open_requests
+from emberkv.sim.curves import Access, Hits, LRUCurve, SampledReplay, replay, sample
 from tests.sim.curves.build import CAPACITIES, visit_of
-
-
-@pytest.fixture(scope="module")
-def mooncake() -> list[Access]:
-    return list(accesses(open_requests(MOONCAKE), 512))
 
 
 def test_only_what_follows_a_prompt_without_a_gap_is_a_hit() -> None:
@@ -64,8 +57,10 @@ def test_the_mooncake_figures(mooncake: list[Access], policy: str, capacity: int
     assert round(replay(mooncake, capacity, policy).block_rate, 4) == rate
 
 
-def test_a_tenth_of_the_blocks_tells_the_curve_within_the_stated_error(mooncake: list[Access]) -> None:
-    points, error = SampledReplay(mooncake, LRUCurve(mooncake), 0.1).curve(CAPACITIES, "lfu")
+def test_a_tenth_of_the_blocks_tells_the_curve_within_the_stated_error(
+    mooncake: list[Access], mooncake_curve: LRUCurve
+) -> None:
+    points, error = SampledReplay(mooncake, mooncake_curve, 0.1).curve(CAPACITIES, "lfu")
     assert 0 < error < 0.01
     assert [point.capacity for point in points] == list(CAPACITIES)
     published = (0.0481, 0.0750, 0.0981, 0.1317, 0.2760, 0.3439, 0.3631)

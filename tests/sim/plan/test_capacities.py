@@ -1,15 +1,13 @@
 """Hit rates by size: at sizes people buy, exact where they can be."""
 
 import pytest
-from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.sim import planner
 from emberkv.sim.build import Machine, machine_of
-from emberkv.sim.curves import accesses, replay
+from emberkv.sim.curves import Access, replay
 from emberkv.sim.planner import Capacities, round_sizes
-from emberkv.workload.source import open_requests
 from tests.sim.curves.build import visit_of
 from tests.sim.plan.build import rates
 
@@ -53,8 +51,8 @@ def test_sizes_are_of_the_machines_blocks_and_end_where_nothing_changes(machine:
     assert (last.bytes, last.blocks, last.hit_rate, last.best_possible) == (16 * 16384, 16, 0.5, 0.5)
 
 
-def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine) -> None:
-    seen = list(accesses(open_requests(MOONCAKE), 512))
+def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine, mooncake: list[Access]) -> None:
+    seen = mooncake[:6000]
     assert sum(access.asked for access in seen) > planner.MAX_REPLAYED
     found = Capacities(seen, "lfu", machine)
     rate = found.hit_rate(10_000)

@@ -19,7 +19,7 @@ from emberkv.engine.torch.model.loader import DTypeName, load_model, load_tokeni
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.architectures import ALSO_SUPPORTED, SUPPORTED
 from tests.gguf_models import dequantised, write_gguf
-from tests.models import CHAT_TEMPLATE, EOS, TURN_END, USER_START, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, EOS, TURN_END, USER_START, save_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 83)[None]
@@ -42,7 +42,7 @@ def checkpoint(arch: str, folder: Path, **settings: Any) -> Path:
             if parameter.ndim >= 2 or name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.kernels import Kernels
 from tests.architectures import ALSO_SUPPORTED, MULTIMODAL
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import VOCAB_SIZE, tiny_tokenizer
+from tests.models import VOCAB_SIZE, save_tokenizer
 
 TEXT = {**ALSO_SUPPORTED["qwen3_moe"], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "sliding_window": 24}
 VISION = {
@@ -54,7 +54,7 @@ def write(model_type: str, folder: Path, **settings: Any) -> PreTrainedModel:
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return model
 
 

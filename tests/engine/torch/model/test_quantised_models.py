@@ -48,15 +48,16 @@ def test_logits_are_those_of_the_dequantised_model(written: tuple[Path, Path]) -
 def test_a_hit_has_the_bits_of_a_cold_run(written: tuple[Path, Path], kernels: Kernels) -> None:
     """In the middle of a prompt, in what decode steps have computed, and among other sequences of the same step."""
     rng = random.Random(1)
-    models = [load_model(str(written[0]), device="cpu", attn_implementation=ATTENTION_NAME) for _ in range(2)]
-    warm = Driver(models[0], kernels=kernels, max_step_tokens=96)
-    cold = Driver(models[1], kernels=kernels, prefix_cache=False)
+    loaded = load_model(str(written[0]), device="cpu", attn_implementation=ATTENTION_NAME)
+    warm = Driver(loaded, kernels=kernels, max_step_tokens=96)
     assert warm.executor.batch_invariant
     stem = text(rng, 2 * CHUNK + 3)
     stem += warm.run_one(stem, new=20).tokens[:-1]
     kept = [2 * CHUNK + 12, CHUNK + 5, BLOCK + 2]
     prompts = [[*stem[:keep], (stem[keep] - 2) % (VOCAB_SIZE - 3) + 3, *text(rng, keep % 19)] for keep in kept]
-    for run, keep, prompt in zip(warm.run(*prompts, new=3), kept, prompts, strict=True):
+    runs = warm.run(*prompts, new=3)
+    cold = Driver(loaded, kernels=kernels, prefix_cache=False, executor=warm.executor)
+    for run, keep, prompt in zip(runs, kept, prompts, strict=True):
         alone = cold.run_one(prompt, new=3)
         assert run.cached == keep
         assert all(map(torch.equal, run.logits, alone.logits))

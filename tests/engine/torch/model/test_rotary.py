@@ -15,7 +15,7 @@ from emberkv.errors import UnsupportedModelError
 from tests.architectures import SUPPORTED
 from tests.engine.conftest import DriverFactory
 from tests.engine.torch.test_exactness import text
-from tests.models import CONTEXT, tiny_tokenizer
+from tests.models import CONTEXT, save_tokenizer
 
 FACTORS = {"short_factor": [1.0 + i / 4 for i in range(8)], "long_factor": [3.0 + i for i in range(8)]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS, "original_max_position_embeddings": 256}
@@ -60,7 +60,7 @@ def test_up_to_the_limit_the_state_is_that_of_a_run_at_once(
     settings = config("llama", rope_parameters=rope, max_position_embeddings=CONTEXT if rope is LONGROPE else 256)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     loaded = load_model(str(tmp_path), device="cpu", attn_implementation=ATTENTION_NAME)
     assert loaded.context_length == 256
     served, prompt = driver(loaded), text(random.Random(0), 250)

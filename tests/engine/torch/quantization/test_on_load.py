@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import weakref
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.layers import is_experts
 from emberkv.engine.torch.model.fingerprint import model_fingerprint
-from emberkv.engine.torch.model.loader import ModelDtypes, load_model
+from emberkv.engine.torch.model.loader import DTypeName, LoadedModel, ModelDtypes, load_model
 from emberkv.engine.torch.native.experts import NativeExperts
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.layers import QuantizedExperts, QuantizedLinear, quantized_linears
@@ -26,15 +28,27 @@ from tests.conftest import CheckpointFactory
 from tests.engine.driver import CHUNK, Driver
 from tests.models import VOCAB_SIZE
 
+LoadedOnce = Callable[..., LoadedModel]
+
+
+@pytest.fixture(scope="module")
+def loaded_once(checkpoint: CheckpointFactory) -> LoadedOnce:
+    """``loaded_once(arch, dtype="auto", quantize="none")``: a model for several tests, which must not change it."""
+
+    @cache
+    def get(arch: str, dtype: DTypeName = "auto", quantize: QuantizeName = "none") -> LoadedModel:
+        return load_model(str(checkpoint(arch)), dtype=dtype, device="cpu", quantize=quantize)
+
+    return get
+
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 @pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
 def test_each_linear_layer_is_rounded_from_what_is_stored(
-    checkpoint: CheckpointFactory, arch: str, quantize: QuantizeName, bits: int
+    loaded_once: LoadedOnce, arch: str, quantize: QuantizeName, bits: int
 ) -> None:
-    folder = str(checkpoint(arch))
-    plain = load_model(folder, dtype="bfloat16", device="cpu").model
-    loaded = load_model(folder, dtype="bfloat16", device="cpu", quantize=quantize)
+    plain = loaded_once(arch, "bfloat16").model
+    loaded = loaded_once(arch, "bfloat16", quantize)
     assert loaded.dtypes == ModelDtypes(getattr(torch, quantize), torch.bfloat16, torch.bfloat16)
     assert str(loaded.dtypes) == f"{quantize} weights, bfloat16 activations, bfloat16 KV"
     linears = {name: module for name, module in plain.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
@@ -71,12 +85,9 @@ def test_the_kernels_round_to_four_bits_what_torch_would(checkpoint: CheckpointF
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 @pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
-def test_experts_are_rounded_one_by_one(
-    checkpoint: CheckpointFactory, arch: str, quantize: QuantizeName, bits: Bits
-) -> None:
-    folder = str(checkpoint(arch))
-    plain = load_model(folder, dtype="bfloat16", device="cpu").model
-    ours = load_model(folder, dtype="bfloat16", device="cpu", quantize=quantize).model
+def test_experts_are_rounded_one_by_one(loaded_once: LoadedOnce, arch: str, quantize: QuantizeName, bits: Bits) -> None:
+    plain = loaded_once(arch, "bfloat16").model
+    ours = loaded_once(arch, "bfloat16", quantize).model
     stacks = {name: each for name, each in ours.named_modules() if isinstance(each, QuantizedExperts)}
     assert len(stacks) == 2 * sum(is_experts(module) for module in plain.modules()) >= 2
     for name, stack in stacks.items():
@@ -92,29 +103,27 @@ def test_experts_are_rounded_one_by_one(
 def test_the_kernels_compute_rounded_experts_and_a_hit_has_the_bits_of_a_cold_run(
     checkpoint: CheckpointFactory, kernels: Kernels, arch: str
 ) -> None:
-    models = [
-        load_model(str(checkpoint(arch)), device="cpu", quantize="int4", attn_implementation=ATTENTION_NAME)
-        for _ in range(2)
-    ]
-    warm, cold = Driver(models[0], kernels=kernels), Driver(models[1], kernels=kernels, prefix_cache=False)
+    loaded = load_model(str(checkpoint(arch)), device="cpu", quantize="int4", attn_implementation=ATTENTION_NAME)
+    warm = Driver(loaded, kernels=kernels)
     assert warm.executor.batch_invariant
-    experts = [each for each in models[0].model.modules() if isinstance(each, NativeExperts)]
+    experts = [each for each in loaded.model.modules() if isinstance(each, NativeExperts)]
     assert {call.bits for each in experts for layers in each.layers for call in (one.call for one in layers)} == {4}
     rng = random.Random(3)
     prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(CHUNK + 20)]
     warm.run_one(prompt[: CHUNK + 7], new=3)
-    got, expected = warm.run_one(prompt, new=3), cold.run_one(prompt, new=3)
+    got = warm.run_one(prompt, new=3)
+    cold = Driver(loaded, kernels=kernels, prefix_cache=False, executor=warm.executor)
+    expected = cold.run_one(prompt, new=3)
     assert got.cached == CHUNK + 7
     assert all(map(torch.equal, got.logits, expected.logits))
 
 
 @pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
 def test_layers_that_share_weights_share_what_these_are_rounded_to(
-    checkpoint: CheckpointFactory, quantize: QuantizeName, bits: Bits
+    loaded_once: LoadedOnce, quantize: QuantizeName, bits: Bits
 ) -> None:
-    folder = str(checkpoint("zamba2"))
-    plain = load_model(folder, device="cpu").model
-    ours = load_model(folder, device="cpu", quantize=quantize).model
+    plain = loaded_once("zamba2").model
+    ours = loaded_once("zamba2", quantize=quantize).model
     for own in ("self_attn.q_proj", "feed_forward.down_proj"):
         stored, tied = (ours.get_submodule(f"model.layers.{layer}.shared_transformer.{own}") for layer in (1, 3))
         assert isinstance(stored, QuantizedLinear)
@@ -155,20 +164,17 @@ def test_one_plain_weight_is_held_at_a_time(checkpoint: CheckpointFactory) -> No
     assert max(alive) <= 1  # the one before may wait for its turn to be freed
 
 
-def test_the_fingerprint_says_how_weights_are_rounded(checkpoint: CheckpointFactory) -> None:
-    choices: list[QuantizeName] = ["none", "int8", "int4"]
-    folder = str(checkpoint("llama"))
-    found = {load_model(folder, device="cpu", quantize=each).fingerprint for each in choices}
+def test_the_fingerprint_says_how_weights_are_rounded(checkpoint: CheckpointFactory, loaded_once: LoadedOnce) -> None:
+    found = {loaded_once("llama", quantize=each).fingerprint for each in ("none", "int8", "int4")}
     assert len(found) == 3
-    assert load_model(folder, device="cpu", quantize="int8").fingerprint in found
+    assert load_model(str(checkpoint("llama")), device="cpu", quantize="int8").fingerprint in found
 
 
-def test_logits_are_near_those_of_the_plain_model(checkpoint: CheckpointFactory) -> None:
-    folder = str(checkpoint("llama"))
+def test_logits_are_near_those_of_the_plain_model(loaded_once: LoadedOnce) -> None:
     tokens = torch.arange(3, 67)[None]
-    choices: list[QuantizeName] = ["none", "int8", "int4"]
+    models = [loaded_once("llama", quantize=each).model for each in ("none", "int8", "int4")]
     with torch.inference_mode():
-        plain, *rounded = (load_model(folder, device="cpu", quantize=each).model(tokens).logits for each in choices)
+        plain, *rounded = (model(tokens).logits for model in models)
     eight, four = (float((logits - plain).norm() / plain.norm()) for logits in rounded)
     assert 0 < eight < 0.1  # of a random model, whose layers enlarge errors
     assert eight < four / 4
@@ -190,9 +196,11 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint: CheckpointFactory, 
         load_model(str(tmp_path), device="cpu", quantize="int8")
 
 
-def test_a_rounded_model_in_memory_has_a_fingerprint_of_its_own(checkpoint: CheckpointFactory) -> None:
-    choices: list[QuantizeName] = ["none", "int8", "int4", "int4"]
-    loaded = [load_model(str(checkpoint("llama")), device="cpu", quantize=each) for each in choices]
+def test_a_rounded_model_in_memory_has_a_fingerprint_of_its_own(
+    checkpoint: CheckpointFactory, loaded_once: LoadedOnce
+) -> None:
+    loaded = [loaded_once("llama", quantize=each) for each in ("none", "int8", "int4")]
+    loaded.append(load_model(str(checkpoint("llama")), device="cpu", quantize="int4"))
     plain, eight, four, again = (model_fingerprint(each.model) for each in loaded)
     assert plain == loaded[0].fingerprint
     assert four == again
