@@ -302,7 +302,7 @@ def test_another_model_s_are_not_found_and_not_removed(tmp_path: Path) -> None:
 
 def search(manager: TierManager, counts: range = range(1, 4), wanted: OffloadedBlock = LONG) -> StoredPartial | None:
     where = place(wanted)
-    return manager.find_partial(where.parent, where.previous, lambda: wanted.record.tokens, counts)
+    return manager.find_partial(where.parent, lambda: wanted.record.tokens, counts)
 
 
 def test_the_longest_is_found_from_the_fastest_tier_that_has_it() -> None:
@@ -314,7 +314,7 @@ def test_the_longest_is_found_from_the_fastest_tier_that_has_it() -> None:
     assert search(manager, range(1, 3)) == StoredPartial("fast", hash_of(SHORT), 2, None)
     assert search(manager, range(1, 2)) is None
     assert search(manager, wanted=PRIVATE) == StoredPartial("slow", hash_of(PRIVATE), 3, None)
-    other = manager.find_partial(IDS[0], IDS[0], lambda: bytes(12), range(1, 4))
+    other = manager.find_partial(IDS[0], lambda: bytes(12), range(1, 4))
     assert (other, tiers[1].queries) == (None, [])
 
 

@@ -74,7 +74,7 @@ class World:
                 found.append(bool(self.manager.peek([each.record.block_hash])))
             else:
                 tokens, counts = each.record.tokens, range(place.count, place.count + 1)
-                answer = self.manager.find_partial(place.parent, place.previous, lambda of=tokens: of, counts)
+                answer = self.manager.find_partial(place.parent, lambda of=tokens: of, counts)
                 found.append(answer is not None)
         return found
 

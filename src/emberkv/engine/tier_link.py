@@ -105,10 +105,7 @@ class TierLink:
     def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
         first = position * chain.block_size
         return self.manager.find_partial(
-            chain.parent(position),
-            chain.unsalted_parent(position),
-            lambda: chain.encoded_slice(first, first + most),
-            range(least, most + 1),
+            chain.parent(position), lambda: chain.encoded_slice(first, first + most), range(least, most + 1)
         )
 
     @property

@@ -163,23 +163,23 @@ class TierManager:
         """Whether any tier stores partial blocks."""
         return any(worker.tier.keeps_partial for worker in self.workers)
 
-    def find_partial(
-        self, parent: bytes, previous: bytes, tokens: Callable[[], bytes], counts: range
-    ) -> StoredPartial | None:
+    def find_partial(self, parent: bytes, tokens: Callable[[], bytes], counts: range) -> StoredPartial | None:
         """The longest partial block behind a full one that holds the first tokens of a prompt's next block, from the
         fastest tier that has it. No I/O, and nothing is counted.
 
-        parent, previous: see `PartialPlace`. tokens: makes the prompt's next tokens, encoded, at least as many as the
-        largest of ``counts``, which are the numbers of tokens that it may have.
+        parent: see `PartialPlace`. tokens: makes the prompt's next tokens, encoded, at least as many as the largest of
+        ``counts``, which are the numbers of tokens that it may have.
         """
-        known = {count for worker in self.workers for count in worker.partial_counts(parent)}
+        keeping = [worker for worker in self.workers if worker.tier.keeps_partial]
+        known = {count for worker in keeping for count in worker.tier.partial_counts(parent)}
         wanted = [count for count in sorted(known, reverse=True) if count in counts]
         hashes = partial_hashes(parent, tokens(), wanted) if wanted else {}
         for count in wanted:
-            place = PartialPlace(parent, previous, count)
-            for worker in self.workers:
-                if worker.has(hashes[count], exact=True, partial=place):
-                    return StoredPartial(worker.name, hashes[count], count, worker.meter.seconds_for(1))
+            block_hash = hashes[count]
+            for worker in keeping:
+                place = worker.tier.partial_place(block_hash)
+                if place is not None and worker.has(block_hash, exact=True, partial=place):
+                    return StoredPartial(worker.name, block_hash, count, worker.meter.seconds_for(1))
         return None
 
     def tiers_of(self, block_hash: bytes) -> list[str]:

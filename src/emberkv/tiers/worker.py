@@ -54,9 +54,9 @@ class TierWorker:
     """Queue and threads of one tier.
 
     rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
-    `has`, `keeps`, `lookup`, `partial_counts`, `status`, `run`, `read` and `query`; notified when a job has ended.
-    queue_bytes: limit of what may wait to be stored. on_read, on_answer: called with each `Reading` and each answer to
-    a query, without the lock. on_event: an `EventHook`. failed: called with each error that no tier should raise.
+    `has`, `keeps`, `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended. queue_bytes: limit of
+    what may wait to be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the
+    lock. on_event: an `EventHook`. failed: called with each error that no tier should raise.
     """
 
     def __init__(
@@ -136,12 +136,6 @@ class TierWorker:
         if partial is not None and any(job.hides_at(partial) for job in self._hidden):
             return False
         return bool(self.lookup((block_hash,), exact=exact))
-
-    def partial_counts(self, parent: bytes) -> list[int]:
-        """As the tier's: of each number it takes `has` to know whether there is a partial block that is not being
-        removed.
-        """
-        return self.tier.partial_counts(parent) if self.tier.keeps_partial else []
 
     def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         """Of a block that `lookup` does not find: PENDING where a query may find it."""
