@@ -1,7 +1,7 @@
 """The laws that blocks, the index and the eviction policy of a pool keep, for `BlockPool.check_integrity`."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.cached_blocks import ChildIndex
@@ -28,7 +28,7 @@ def broken_laws(
         broken += [
             f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held"
             for block in blocks
-            if block.ref_count != held[block.block_id]
+            if block.ref_count != held.get(block.block_id, 0)
         ]
     if children is not None and (len(children) != len(index) or any(each not in children for each in index.values())):
         broken.append("the children of blocks and the index differ")
@@ -38,11 +38,15 @@ def broken_laws(
 def _of_the_pool(
     blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
 ) -> list[str]:
-    free = [block for block in blocks if block.state is BlockState.FREE]
-    free_cached = sum(block.block_hash is not None for block in free)
-    cached = sum(block.block_hash is not None for block in blocks)
+    free = free_cached = cached = 0
+    for block in blocks:
+        indexed = block.block_hash is not None
+        cached += indexed
+        if block.state is BlockState.FREE:
+            free += 1
+            free_cached += indexed
     laws = [
-        (len(free) == len(blank) + evictable, "free blocks and the free lists differ"),
+        (free == len(blank) + evictable, "free blocks and the free lists differ"),
         (free_cached == evictable, "evictable blocks and the policy differ"),
         (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
         (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
@@ -52,14 +56,21 @@ def _of_the_pool(
     return [what for holds, what in laws if not holds]
 
 
-def _of_each_block(blocks: Sequence[Block]) -> Iterator[str]:
+def _of_each_block(blocks: Sequence[Block]) -> list[str]:
+    broken = []
     for block in blocks:
-        state, indexed = block.state, block.block_hash is not None
-        if (state is BlockState.FREE) != (block.ref_count == 0):
-            yield f"block {block.block_id}: holders"
-        if state is BlockState.COMMITTED and not indexed:
-            yield f"block {block.block_id}: not indexed"
-        if indexed and state in (BlockState.ALLOCATED, BlockState.PENDING):
-            yield f"block {block.block_id}: indexed"
-        if state is BlockState.PENDING and block.ref_count != 1:
-            yield f"block {block.block_id}: pending for several"
+        state, indexed, refs = block.state, block.block_hash is not None, block.ref_count
+        if state is BlockState.FREE:
+            if refs:
+                broken.append(f"block {block.block_id}: holders")
+            continue
+        if not refs:
+            broken.append(f"block {block.block_id}: holders")
+        if state is BlockState.COMMITTED:
+            if not indexed:
+                broken.append(f"block {block.block_id}: not indexed")
+        elif indexed:
+            broken.append(f"block {block.block_id}: indexed")
+        if state is BlockState.PENDING and refs != 1:
+            broken.append(f"block {block.block_id}: pending for several")
+    return broken
