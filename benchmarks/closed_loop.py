@@ -11,7 +11,7 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Work
+from emberkv.sim.timing import StepWork
 from emberkv.workload.content import Content
 from emberkv.workload.request import Request
 
@@ -40,7 +40,7 @@ class Walk:
     first token, and to each further one, by the step's index.
     """
 
-    steps: list[Work] = field(default_factory=list)
+    steps: list[StepWork] = field(default_factory=list)
     first_token: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     each_token: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 

@@ -40,7 +40,7 @@ from benchmarks.random_qwen2 import ensure_model
 from benchmarks.shared_tiers import server as redis_server
 
 from emberkv.bench.client import Message, Target, ask
-from emberkv.bench.runner import Workload, first_model, run_workload, tokens_per_word
+from emberkv.bench.runner import BenchWorkload, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, summarize
 from emberkv.cli.bench import connect
 
@@ -66,8 +66,8 @@ class Size:
     answer: tokens of the answer whose worker is killed.
     """
 
-    conversations: Workload
-    fresh: Workload
+    conversations: BenchWorkload
+    fresh: BenchWorkload
     context: int
     answer: int
     gateway_rounds: int
@@ -75,13 +75,13 @@ class Size:
 
 
 FULL = Size(
-    Workload(sessions=8, turns=4, concurrency=4, system_tokens=1000, user_tokens=300, answer_tokens=32),
-    Workload(sessions=12, turns=1, concurrency=4, system_tokens=0, user_tokens=1000, answer_tokens=8),
+    BenchWorkload(sessions=8, turns=4, concurrency=4, system_tokens=1000, user_tokens=300, answer_tokens=32),
+    BenchWorkload(sessions=12, turns=1, concurrency=4, system_tokens=0, user_tokens=1000, answer_tokens=8),
     context=4000, answer=200, gateway_rounds=20,
 )  # fmt: skip
 QUICK = Size(
-    Workload(sessions=3, turns=2, concurrency=2, system_tokens=100, user_tokens=50, answer_tokens=4),
-    Workload(sessions=2, turns=1, concurrency=2, system_tokens=0, user_tokens=100, answer_tokens=4),
+    BenchWorkload(sessions=3, turns=2, concurrency=2, system_tokens=100, user_tokens=50, answer_tokens=4),
+    BenchWorkload(sessions=2, turns=1, concurrency=2, system_tokens=0, user_tokens=100, answer_tokens=4),
     context=1000, answer=60, gateway_rounds=1,
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ async def prompter(url: str, rng: random.Random) -> AsyncIterator[lib.Prompter]:
         yield await lib.Prompter.connect(client, rng)
 
 
-async def converse(url: str, workload: Workload) -> Summary:
+async def converse(url: str, workload: BenchWorkload) -> Summary:
     """Play a workload with texts that nothing has seen; every request must succeed."""
     async with connect(url, None, timeout=600) as client:
         target, nonce = Target(await first_model(client)), secrets.token_hex(8)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from emberkv.bench.client import Answer, Clock, Endpoint, Message, Target, ask
+from emberkv.bench.client import Clock, Endpoint, Message, Target, TimedAnswer, ask
 from emberkv.bench.runner import first_model, text, tokens_per_word
 
 STOP_SECONDS = 30.0
@@ -132,7 +132,7 @@ class Prompter:
         """New text of about ``tokens`` tokens; it starts with a space, so texts can be joined."""
         return " " + text(self._rng, round(tokens / self._per_word))
 
-    async def ask(self, prompt: str, *, max_tokens: int = 1) -> Answer:
+    async def ask(self, prompt: str, *, max_tokens: int = 1) -> TimedAnswer:
         message: Message = {"role": "user", "content": prompt}
         answer = await ask(self.client, self.target, [message], max_tokens=max_tokens, clock=self._clock)
         if answer.error:

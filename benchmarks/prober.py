@@ -2,9 +2,9 @@
 
     python -m benchmarks.prober [--emberkv "COMMAND"] [--samples 100] [--tokens 400] [--rounds 3] [--out PREFIX]
 
-A victim warms prompts with its own key. A prober asks for these, for as many that nobody has asked for, and, as a check
-of the timing, for as many of its own that are warm, in random order. The AUC is the probability that a fresh prompt
-took longer than the other; a guess is 0.5. Serves the bundled model. Exits with 1 when a target is missed.
+A victim warms prompts with its own key. A prober asks for these, for as many that no tenant has asked for, and, as a
+check of the timing, for as many of its own that are warm, in random order. The AUC is the probability that a fresh
+prompt took longer than the other; a guess is 0.5. Serves the bundled model. Exits with 1 when a target is missed.
 """
 
 import asyncio

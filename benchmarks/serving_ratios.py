@@ -18,7 +18,7 @@ from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
-from emberkv.bench.client import Answer
+from emberkv.bench.client import TimedAnswer
 from emberkv.cli.bench import connect
 
 CONTEXT, TURN = 8000, 32
@@ -49,7 +49,7 @@ async def cold(prompters: Sequence[lib.Prompter], samples: int) -> list[float]:
     return [statistics.median(seen) for seen in times]
 
 
-def steady_rate(answers: Sequence[Answer]) -> float:
+def steady_rate(answers: Sequence[TimedAnswer]) -> float:
     """Tokens a second while all streams decode: from the last one's first text to the first one's last text."""
     start = max(answer.piece_times[0] for answer in answers)
     end = min(answer.piece_times[-1] for answer in answers)
@@ -62,13 +62,13 @@ def steady_rate(answers: Sequence[Answer]) -> float:
     return tokens / (end - start)
 
 
-def whole_rate(answers: Sequence[Answer]) -> float:
+def whole_rate(answers: Sequence[TimedAnswer]) -> float:
     """Tokens a second from the first request sent to the last answer's end."""
     time = max(answer.ended for answer in answers) - min(answer.sent for answer in answers)
     return sum(answer.output_tokens for answer in answers) / time
 
 
-async def decode(prompter: lib.Prompter, streams: int, *, own: int, shared: str) -> Sequence[Answer]:
+async def decode(prompter: lib.Prompter, streams: int, *, own: int, shared: str) -> Sequence[TimedAnswer]:
     """Answers of ANSWER tokens, all asked at once, to prompts of ``shared`` and ``own`` more tokens, cached before."""
     prompts = [shared + prompter.fresh(own) for _ in range(streams)]
     for prompt in prompts:

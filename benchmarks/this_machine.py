@@ -22,10 +22,10 @@ import httpx
 from benchmarks import arguments, lib, report
 from benchmarks.figures import Figure, Row
 
-from emberkv.bench.client import Answer, Message, Target, ask
-from emberkv.bench.runner import Workload
+from emberkv.bench.client import Message, Target, TimedAnswer, ask
+from emberkv.bench.runner import BenchWorkload
 from emberkv.sim import config as sim_config
-from emberkv.sim.config import Workload as SimWorkload
+from emberkv.sim.config import Workload
 from emberkv.sim.model_spec import DEMO_NAME, load_spec
 from emberkv.sim.run import run_simulation
 from emberkv.workload.ember_trace import read
@@ -67,10 +67,10 @@ def calibrate(command: Sequence[str], profile: Path) -> None:
     subprocess.run([*command, "calibrate", "--output", str(profile), "--block-size", str(BLOCK_SIZE)], check=True)
 
 
-async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
+async def converse(url: str, sessions: int, seed: int) -> list[list[TimedAnswer]]:
     """Each session's answers. Sessions begin at random, 0.7 s apart on average, and think for a second or so."""
     rng = random.Random(seed)
-    script = Workload(
+    script = BenchWorkload(
         sessions=sessions, turns=TURNS, system_tokens=400, user_tokens=60, answer_tokens=40, nonce=f"here {seed}"
     )
     begins, at = [], 0.0
@@ -78,7 +78,7 @@ async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
         begins.append((at, [0.5 + rng.expovariate(1.0) for _ in range(TURNS)]))
         at += 0.2 + rng.expovariate(2.0)
 
-    async def session(number: int) -> list[Answer]:
+    async def session(number: int) -> list[TimedAnswer]:
         begin, thinking = begins[number]
         await asyncio.sleep(begin)
         messages: list[Message] = script.opening()
@@ -98,8 +98,8 @@ async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
     return await asyncio.gather(*(session(number) for number in range(sessions)))
 
 
-def served(answers: Sequence[Sequence[Answer]]) -> list[list[Timed]]:
-    def timed(answer: Answer) -> Timed:
+def served(answers: Sequence[Sequence[TimedAnswer]]) -> list[list[Timed]]:
+    def timed(answer: TimedAnswer) -> Timed:
         usage = answer.usage
         assert usage is not None
         assert answer.ttft is not None
@@ -118,7 +118,7 @@ def simulated(trace: Path, profile: Path) -> list[list[Timed]]:
         model=DEMO_NAME, hardware=str(profile), kv_blocks=blocks, block_size=BLOCK_SIZE, hit_unit=HIT_UNIT,
         prefill_chunk=128, max_step_tokens=256, max_running=64,
     )  # fmt: skip
-    workload = SimWorkload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
+    workload = Workload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
     results = run_simulation(set_up, workload, keep_ids=True)
     rows = dict(zip(results.rows.ids, results.rows, strict=True))
     sessions: dict[str, list[Timed]] = {}

@@ -26,7 +26,7 @@ from benchmarks.random_qwen2 import ensure_half_billion
 from gguf import GGMLQuantizationType
 from tests.gguf_models import write_gguf
 
-from emberkv.bench.client import Answer
+from emberkv.bench.client import TimedAnswer
 from emberkv.cli.bench import connect
 
 LONG, SHORT = 4000, 32
@@ -92,7 +92,7 @@ def llama_server(folder: Path, file: Path, slots: int) -> lib.Server:
     return lib.Server("llama.cpp", lambda port: [*command, "--port", str(port)], "/health")
 
 
-def rate(answer: Answer) -> float:
+def rate(answer: TimedAnswer) -> float:
     """Tokens a second after the first."""
     return (answer.output_tokens - 1) / (answer.piece_times[-1] - answer.piece_times[0])
 

@@ -23,15 +23,15 @@ from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_half_billion, ensure_model
 
 from emberkv.bench.client import Endpoint
-from emberkv.bench.runner import Workload, run_workload
+from emberkv.bench.runner import BenchWorkload, run_workload
 from emberkv.bench.summary import summarize
 from emberkv.cli.bench import connect
 
 LONG, SHORT = 6600, 32
 ALIGNMENTS = 128  # prompt lengths vary over one vLLM block, so that neither server's rounding is favoured
 CONVERSATIONS = {
-    "32 requests at 4 sessions": Workload(sessions=4, turns=8, concurrency=4, system_tokens=2000),
-    "64 requests at 16 sessions": Workload(sessions=16, turns=4, concurrency=16, system_tokens=2000),
+    "32 requests at 4 sessions": BenchWorkload(sessions=4, turns=8, concurrency=4, system_tokens=2000),
+    "64 requests at 16 sessions": BenchWorkload(sessions=16, turns=4, concurrency=16, system_tokens=2000),
 }
 COLD, CACHED, ALONE = "cold TTFT, 6,600 tokens", "TTFT, 6,600 tokens cached and 32 new", "TTFT, 32 tokens"
 TARGETS = {
@@ -52,7 +52,7 @@ async def prompts(prompter: lib.Prompter, rng: random.Random, samples: int) -> d
     return {kind: statistics.median(values) for kind, values in times.items()}
 
 
-async def conversations(prompter: lib.Prompter, workload: Workload) -> float:
+async def conversations(prompter: lib.Prompter, workload: BenchWorkload) -> float:
     """Seconds for all of the workload's requests. Raises RuntimeError when one fails."""
     target = replace(prompter.target, endpoint=Endpoint.CHAT)
     records = await run_workload(prompter.client, target, workload, time.perf_counter)

@@ -30,7 +30,7 @@ SECTIONS = {
     ),
     "Ask why a prompt missed": (
         "emberkv.core.explaining.explanation.Explanation", "emberkv.core.explaining.explanation.Miss",
-        "emberkv.core.explaining.explanation.Reason", "emberkv.core.explaining.explanation.Divergence",
+        "emberkv.core.explaining.explanation.MissReason", "emberkv.core.explaining.explanation.Divergence",
     ),
     "Predict": ("emberkv.simulate", "emberkv.plan", "emberkv.sim.run.Results", "emberkv.sim.plan.Plan"),
     "Keep bytes in RAM": ("emberkv.InMemoryKVCacheManager",),

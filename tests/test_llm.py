@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emberkv import LLM, Constraint, SamplingParams
-from emberkv.core.explaining.explanation import Reason
+from emberkv.core.explaining.explanation import MissReason
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import ConfigError, EngineStoppedError, ModelNotFoundError, PromptTooLongError, RequestError
 from tests.conftest import CheckpointFactory
@@ -117,7 +117,7 @@ def test_explain_says_what_would_hit_and_where_it_diverges(llm: LLM) -> None:
     shared = next(i for i, (a, b) in enumerate(zip(llm.encode(TEXT), llm.encode(changed), strict=False)) if a != b)
     assert explanation.divergence is not None
     assert explanation.divergence.position == shared
-    assert explanation.misses[0].reason is Reason.DIVERGED
+    assert explanation.misses[0].reason is MissReason.DIVERGED
     assert explanation.hit_tokens + sum(miss.tokens for miss in explanation.misses) == len(llm.encode(changed))
 
 

@@ -28,7 +28,7 @@ Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
 Tokens = tuple[bytes, ...]
 
 
-class Stored(Struct, tag="stored", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Stored(Struct, tag="stored", array_like=True, frozen=True, forbid_unknown_fields=True):
     block_hashes: Annotated[tuple[BlockHash, ...], Meta(min_length=1)]
     parent: BlockHash
     tokens: Tokens
@@ -36,29 +36,29 @@ class Stored(Struct, tag="stored", array_like=True, frozen=True, forbid_unknown_
     tier: Name
 
 
-class Removed(Struct, tag="removed", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Removed(Struct, tag="removed", array_like=True, frozen=True, forbid_unknown_fields=True):
     block_hashes: Annotated[tuple[BlockHash, ...], Meta(min_length=1)]
     evicted: bool
     tier: Name
 
 
-class Cleared(Struct, tag="cleared", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Cleared(Struct, tag="cleared", array_like=True, frozen=True, forbid_unknown_fields=True):
     tier: Name
 
 
-class Batch(Struct, tag="batch", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Batch(Struct, tag="batch", array_like=True, frozen=True, forbid_unknown_fields=True):
     epoch: Epoch
     first: Positive
-    events: tuple[Stored | Removed | Cleared, ...]
+    events: tuple[_Stored | _Removed | _Cleared, ...]
 
 
-class Lost(Struct, tag="lost", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Lost(Struct, tag="lost", array_like=True, frozen=True, forbid_unknown_fields=True):
     epoch: Epoch
     oldest: Positive
     last: Number
 
 
-class Chunk(Struct, tag="chunk", array_like=True, frozen=True, forbid_unknown_fields=True):
+class _Chunk(Struct, tag="chunk", array_like=True, frozen=True, forbid_unknown_fields=True):
     epoch: Epoch
     sequence: Number
     cursor: Name
@@ -77,19 +77,19 @@ class Envelope(Struct, array_like=True, frozen=True, forbid_unknown_fields=True)
 
 _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(Envelope)
-_messages = msgspec.msgpack.Decoder(Batch | Lost | Chunk)
+_messages = msgspec.msgpack.Decoder(_Batch | _Lost | _Chunk)
 
 
 def encode(message: FeedMessage, *, tokens: bool = True) -> bytes:
     """A message as bytes. tokens: whether stored blocks come with their token ids."""
-    body: Batch | Lost | Chunk
+    body: _Batch | _Lost | _Chunk
     match message:
         case EventBatch():
-            body = Batch(message.epoch, message.first, tuple(_wire_event(event, tokens) for event in message.events))
+            body = _Batch(message.epoch, message.first, tuple(_wire_event(event, tokens) for event in message.events))
         case EventsLost():
-            body = Lost(message.epoch, message.oldest, message.last)
+            body = _Lost(message.epoch, message.oldest, message.last)
         case SnapshotChunk():
-            body = Chunk(
+            body = _Chunk(
                 message.epoch,
                 message.sequence,
                 message.cursor,
@@ -116,27 +116,27 @@ def decode(data: bytes) -> FeedMessage:
         raise EventWireError(f"these {len(data)} bytes are no event message: {reason_of(error)}") from error
 
 
-def _wire_event(event: Event, tokens: bool) -> Stored | Removed | Cleared:
+def _wire_event(event: Event, tokens: bool) -> _Stored | _Removed | _Cleared:
     match event:
         case BlockStored():
             kept = event.tokens if tokens else ()
-            return Stored(event.block_hashes, event.parent, kept, event.block_size, event.tier)
+            return _Stored(event.block_hashes, event.parent, kept, event.block_size, event.tier)
         case BlockRemoved():
-            return Removed(event.block_hashes, event.evicted, event.tier)
+            return _Removed(event.block_hashes, event.evicted, event.tier)
         case AllBlocksCleared():
-            return Cleared(event.tier)
+            return _Cleared(event.tier)
 
 
-def _checked(body: Batch | Lost | Chunk) -> FeedMessage:
+def _checked(body: _Batch | _Lost | _Chunk) -> FeedMessage:
     """Raises msgspec's ValidationError where fields contradict one another."""
     match body:
-        case Batch():
+        case _Batch():
             if body.first + len(body.events) > _MAX_INT:
                 raise ValidationError("event numbers beyond 2**63")
             return EventBatch(body.epoch, body.first, [_event(event) for event in body.events])
-        case Lost():
+        case _Lost():
             return EventsLost(body.epoch, body.oldest, body.last)
-        case Chunk():
+        case _Chunk():
             if len(body.parents) != len(body.block_hashes) and (body.parents or body.tier == POOL):
                 raise ValidationError(f"{len(body.block_hashes)} blocks and {len(body.parents)} parents")
             _check_tokens(body.tokens, len(body.block_hashes), body.block_size)
@@ -153,14 +153,14 @@ def _checked(body: Batch | Lost | Chunk) -> FeedMessage:
             )
 
 
-def _event(event: Stored | Removed | Cleared) -> Event:
+def _event(event: _Stored | _Removed | _Cleared) -> Event:
     match event:
-        case Stored():
+        case _Stored():
             _check_tokens(event.tokens, len(event.block_hashes), event.block_size)
             return BlockStored(event.block_hashes, event.parent, event.tokens, event.block_size, event.tier)
-        case Removed():
+        case _Removed():
             return BlockRemoved(event.block_hashes, event.evicted, event.tier)
-        case Cleared():
+        case _Cleared():
             return AllBlocksCleared(event.tier)
 
 

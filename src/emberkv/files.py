@@ -22,7 +22,7 @@ from emberkv.errors import UntrustedPathError
 def check_owner(path: Path) -> None:
     """Raises UntrustedPathError where ``path`` is another user's or all users may write to it, OSError where it is not.
 
-    A link is followed: what counts is who owns the file or folder that it leads to.
+    A link is followed: what counts is the owner of the file or folder that it leads to.
     """
     _check(path, path.stat())
 

@@ -36,7 +36,7 @@ _UNITS = ("EiB", "PiB", "TiB", "GiB", "MiB", "KiB")
 _NAMES = [name for name in ServeConfig.model_fields if name not in NOT_SETTINGS]
 
 
-class Given(NamedTuple):
+class SourcedValue(NamedTuple):
     """A value as it was given, and where: ``--port``, ``EMBERKV_PORT`` or ``serve.yaml: port``."""
 
     value: Any
@@ -88,15 +88,15 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str], file: Pa
     settings = {
         **({} if file is None else _from_file(file)),
         **_from_environment(environ),
-        **{name: Given(value, option_name(name)) for name, value in given.items() if value is not None},
+        **{name: SourcedValue(value, option_name(name)) for name, value in given.items() if value is not None},
     }
     others = warmup_variables(environ)
     if others.enabled is not None:
-        settings.setdefault("warmup", Given(others.enabled, "KV_CACHE_WARMUP"))
+        settings.setdefault("warmup", SourcedValue(others.enabled, "KV_CACHE_WARMUP"))
     if others.timeout is not None:
-        settings.setdefault("warmup_timeout", Given(others.timeout, "WARMUP_TIMEOUT_SEC"))
+        settings.setdefault("warmup_timeout", SourcedValue(others.timeout, "WARMUP_TIMEOUT_SEC"))
     if others.system_file is not None:
-        settings["warmup_fallback_file"] = Given(others.system_file, "WARMUP_SYSTEM_FILE")
+        settings["warmup_fallback_file"] = SourcedValue(others.system_file, "WARMUP_SYSTEM_FILE")
     try:
         config = ServeConfig.model_validate({name: each.value for name, each in settings.items()})
     except ValidationError as error:
@@ -106,7 +106,7 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str], file: Pa
     return Settings(config, {name: each.where for name, each in settings.items()})
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Given]:
+def _from_environment(environ: Mapping[str, str]) -> dict[str, SourcedValue]:
     found, unknown, empty = {}, [], []
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in OTHER_VARIABLES or _is_of_kubernetes(variable, text):
@@ -118,7 +118,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Given]:
         value = [each.strip() for each in text.split(",") if each.strip()] if _is_list(name) else text
         if not value:
             empty.append(variable)
-        found[name] = Given(value, variable)
+        found[name] = SourcedValue(value, variable)
     if empty:  # a secret that did not reach the server must not open it
         raise ConfigError(f"{', '.join(sorted(empty))} is set to nothing; give a value, or do not set it")
     if unknown:
@@ -132,7 +132,7 @@ def _is_of_kubernetes(variable: str, text: str) -> bool:
     return bool(_KUBERNETES.fullmatch(variable) or _KUBERNETES_PORT.fullmatch(f"{variable}={text}"))
 
 
-def _from_file(path: Path) -> dict[str, Given]:
+def _from_file(path: Path) -> dict[str, SourcedValue]:
     data = _read(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path} has no settings; write one a line, such as 'cache-ram: 4GiB'")
@@ -147,14 +147,14 @@ def _from_file(path: Path) -> dict[str, Given]:
     return found
 
 
-def _given_in_file(name: str, value: Any, where: str) -> Given:
+def _given_in_file(name: str, value: Any, where: str) -> SourcedValue:
     values = (value if isinstance(value, list) else [value]) if _is_list(name) else value
     flag = ServeConfig.model_fields[name].annotation is bool
     for each in values if isinstance(values, list) and _is_list(name) else [values]:
         if not isinstance(each, (str, int, float)) or isinstance(each, bool) is not flag:
             kind = "true or false" if flag else "text (in quotes) or a number"
             raise ConfigError(f"{where}: use {kind}")
-    return Given(values, where)
+    return SourcedValue(values, where)
 
 
 def _read(path: Path) -> Any:
@@ -175,7 +175,7 @@ def _read(path: Path) -> Any:
     return {} if data is None else data
 
 
-def _complaint(detail: Any, settings: Mapping[str, Given]) -> str:
+def _complaint(detail: Any, settings: Mapping[str, SourcedValue]) -> str:
     """A value at fault, named as it was given; what a secret holds is not repeated."""
     words = in_plain_words(detail)
     if not detail["loc"]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from emberkv.bench.client import Answer, Target, ask
-from emberkv.bench.runner import RequestRecord, Workload, run_workload
+from emberkv.bench.client import Target, TimedAnswer, ask
+from emberkv.bench.runner import BenchWorkload, RequestRecord, run_workload
 
 FAKE = Target("fake")
 
@@ -17,7 +17,7 @@ Event = tuple[float, Any]
 
 
 class FakeClock:
-    """Time that passes only when told to."""
+    """Time that passes only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -97,11 +97,11 @@ class FakeServer:
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(self._handle))
 
-    async def ask(self, target: Target = FAKE) -> Answer:
+    async def ask(self, target: Target = FAKE) -> TimedAnswer:
         async with self.client() as client:
-            question = Workload().question(0, 0)
+            question = BenchWorkload().question(0, 0)
             return await ask(client, target, [question], max_tokens=4, clock=self.clock)
 
-    async def run(self, workload: Workload, target: Target = FAKE) -> list[RequestRecord]:
+    async def run(self, workload: BenchWorkload, target: Target = FAKE) -> list[RequestRecord]:
         async with self.client() as client:
             return await run_workload(client, target, workload, self.clock)

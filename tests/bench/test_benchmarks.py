@@ -14,7 +14,7 @@ from benchmarks.random_qwen2 import VISIBLE, alphabet, make_tokenizer
 from benchmarks.report import publish
 from benchmarks.serving_ratios import steady_rate, whole_rate
 
-from emberkv.bench.client import Answer, Usage
+from emberkv.bench.client import TimedAnswer, Usage
 from emberkv.bench.runner import WORDS
 from tests.bench.fake_server import FAKE, Event, FakeServer, piece, usage
 from tests.waiting import DEADLINE
@@ -104,8 +104,8 @@ def test_the_exit_code_says_whether_targets_are_met(tmp_path: Path) -> None:
     assert "| good | a: 1 s | b: 2 s |" in (tmp_path / "result.md").read_text()
 
 
-def stream(*piece_times: float) -> Answer:
-    return Answer(sent=0.0, piece_times=list(piece_times), ended=piece_times[-1])
+def stream(*piece_times: float) -> TimedAnswer:
+    return TimedAnswer(sent=0.0, piece_times=list(piece_times), ended=piece_times[-1])
 
 
 def test_the_steady_rate_counts_only_while_all_streams_decode() -> None:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from emberkv.bench.client import Endpoint, Target, flatten
-from emberkv.bench.runner import Workload
+from emberkv.bench.runner import BenchWorkload
 from tests.bench.fake_server import PLAIN, Event, FakeServer, finish, piece, usage
 
 
@@ -84,7 +84,7 @@ def test_a_chat_request_asks_for_greedy_full_length_streaming_with_usage() -> No
     asyncio.run(server.ask(Target("fake", seed=7)))
     body = server.bodies[0]
     assert server.paths == ["/v1/chat/completions"]
-    assert body.pop("messages") == [Workload().question(0, 0)]
+    assert body.pop("messages") == [BenchWorkload().question(0, 0)]
     assert body == {
         "model": "fake", "max_tokens": 4, "temperature": 0, "seed": 7, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
@@ -102,12 +102,12 @@ def test_completions_send_and_read_text() -> None:
     server = FakeServer(lambda _: events)
     answer = asyncio.run(server.ask(Target("fake", Endpoint.COMPLETIONS)))
     assert server.paths == ["/v1/completions"]
-    assert server.bodies[0]["prompt"] == Workload().question(0, 0)["content"]
+    assert server.bodies[0]["prompt"] == BenchWorkload().question(0, 0)["content"]
     assert (answer.ttft, answer.text) == (0.5, " one")
 
 
 def test_a_flattened_conversation_ends_where_the_answer_begins_and_extends_the_earlier_one() -> None:
-    workload = Workload(system_tokens=3)
+    workload = BenchWorkload(system_tokens=3)
     first = [*workload.opening(), workload.question(0, 0)]
     then = [*first, {"role": "assistant", "content": "one"}, workload.question(0, 1)]
     assert flatten(first).endswith("\n\nassistant:")

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from rich.console import Console
 
-from emberkv.bench.runner import RequestRecord, Workload
+from emberkv.bench.runner import BenchWorkload, RequestRecord
 from emberkv.bench.summary import Percentiles, Summary, as_json, percentile, percentiles, render, summarize
 from tests.bench.fake_server import PLAIN, Event, FakeServer, finish, piece, usage
 
-FOUR = Workload(sessions=2, turns=2, concurrency=1)
+FOUR = BenchWorkload(sessions=2, turns=2, concurrency=1)
 
 
 def shown(summary: Summary) -> str:

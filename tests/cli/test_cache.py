@@ -92,8 +92,8 @@ def test_verify_names_bad_blocks_and_removes_none_unasked(folder: Path) -> None:
     second.write_bytes(b"")
     result = invoke("verify", folder)
     assert result.exit_code == 1
-    told = result.stdout.splitlines()[:2]
-    assert set(told) == {f"checksum: {first.relative_to(folder)}", f"truncated: {second.relative_to(folder)}"}
+    listed = result.stdout.splitlines()[:2]
+    assert set(listed) == {f"checksum: {first.relative_to(folder)}", f"truncated: {second.relative_to(folder)}"}
     assert result.stdout.endswith("2 bad, 0 removed.\n")
     assert len(files_of(folder)) == 5
 

@@ -30,7 +30,7 @@ from emberkv.cli.main import app
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Chunk, Work
+from emberkv.sim.timing import ChunkWork, StepWork
 from tests.bench.fake_server import Event, FakeServer, finish, piece, usage
 from tests.sim.flat import TINY, with_overheads
 from tests.waiting import DEADLINE
@@ -49,12 +49,12 @@ def answer(body: dict[str, Any]) -> list[Event]:
 def test_decode_steps_are_told_by_streams_and_context() -> None:
     server = FakeServer(answer)
 
-    async def measure() -> list[tuple[Work, float]]:
+    async def measure() -> list[tuple[StepWork, float]]:
         async with server.client() as client:
             return await decode_times(client, clock=server.clock)
 
     found = asyncio.run(measure())
-    assert [work for work, _ in found] == [Work(n, n * (PROMPT + STREAM_TOKENS // 2)) for n in STREAMS] * len(
+    assert [work for work, _ in found] == [StepWork(n, n * (PROMPT + STREAM_TOKENS // 2)) for n in STREAMS] * len(
         STREAM_WORDS
     )
     alone = [seconds for work, seconds in found if work.sequences == 1]
@@ -72,7 +72,7 @@ def test_the_mean_of_the_rounds_after_the_first_is_a_step_s_time() -> None:
 
     server = FakeServer(uneven)
 
-    async def measure() -> list[tuple[Work, float]]:
+    async def measure() -> list[tuple[StepWork, float]]:
         async with server.client() as client:
             return await decode_times(client, clock=server.clock)
 
@@ -93,7 +93,7 @@ def test_a_request_s_time_is_what_its_steps_do_not_take() -> None:
             return await request_times(client, roofline, Random(0), clock=server.clock, sleep=pause)
 
     found = asyncio.run(measure())
-    prefill = roofline.terms_of(Work(0, 0, (Chunk(CACHED, PROMPT, True),))).total
+    prefill = roofline.terms_of(StepWork(0, 0, (ChunkWork(CACHED, PROMPT, True),))).total
     assert {tokens for tokens, _ in found} == {PROMPT}
     assert found[0][1] == pytest.approx(TOKEN - prefill)
     assert len(found) % (2 * len(SYSTEM_WORDS)) == 0

@@ -55,8 +55,8 @@ def test_a_group_alone_prints_its_help(path: tuple[str, ...]) -> None:
 
 def test_the_list_of_commands_has_the_first_sentence_of_each_ones_help() -> None:
     assert app.info.cls is EmberKV
-    told = {name: deferred.summary for name, deferred in EmberKV.deferred.items()}
-    assert told == {name: COMMAND.commands[name].get_short_help_str(SUMMARY_CHARACTERS) for name in told}
+    summaries = {name: deferred.summary for name, deferred in EmberKV.deferred.items()}
+    assert summaries == {name: COMMAND.commands[name].get_short_help_str(SUMMARY_CHARACTERS) for name in summaries}
 
 
 IMPORTED = """

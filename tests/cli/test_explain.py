@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from emberkv.cli.explain import WHY, Api, question_of
 from emberkv.cli.main import app
 from emberkv.cli.suggestions import NOTHING_FOUND
-from emberkv.cluster.policies import Reason
+from emberkv.cluster.policies import RoutingReason
 from emberkv.serving.canonical import Wildcard, load_rules
 from tests.serving.parsing.families import FAMILIES
 
@@ -319,4 +319,4 @@ def test_a_template_stands_alone(tmp_path: Path) -> None:
 
 
 def test_each_reason_for_a_worker_has_a_sentence() -> None:
-    assert set(WHY) == set(Reason)
+    assert set(WHY) == set(RoutingReason)

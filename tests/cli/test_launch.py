@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emberkv.cli.connection import ServerError
-from emberkv.cli.launch import Client, Invocation, Target, find_target, invocation
+from emberkv.cli.launch import Client, Invocation, ServerTarget, find_target, invocation
 from emberkv.cli.main import app
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import EMBERKV, START_DEADLINE, clean_environment, serving
 from tests.waiting import DEADLINE
 
-TARGET = Target("http://127.0.0.1:8080", 'org/it\'s "big"', 40_960, "se cret")
+TARGET = ServerTarget("http://127.0.0.1:8080", 'org/it\'s "big"', 40_960, "se cret")
 CARD = {"id": "tiny", "max_model_len": 512}
 
 
@@ -172,7 +172,7 @@ def test_a_server_that_loads_its_model_is_waited_for_and_its_warm_up_is_not(stat
         return answers[request.url.path].pop(0)
 
     http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
-    assert find_target(http, None, None, wait=DEADLINE) == Target("http://server", "tiny", 512)
+    assert find_target(http, None, None, wait=DEADLINE) == ServerTarget("http://server", "tiny", 512)
     assert asked == ["/v1/models", "/ready", "/ready", "/ready", "/v1/models"]
 
 
@@ -200,7 +200,7 @@ def test_a_list_of_models_that_lacks_what_is_needed_is_an_error(body: Any) -> No
 
 
 def test_no_key_is_shown_as_none_and_left_out_for_codex() -> None:
-    target = Target("http://server", "tiny", 512)
+    target = ServerTarget("http://server", "tiny", 512)
     assert invocation(Client.CLAUDE, target).variables["ANTHROPIC_AUTH_TOKEN"] == "none"
     assert invocation(Client.CODEX, target).variables == {}
     assert Invocation("codex").as_shell() == "codex"

@@ -71,13 +71,13 @@ class Tried:
         shown = [each[:60] for each in arguments]
         with pytest.raises(SystemExit) as ended:
             COMMAND.main(list(arguments), prog_name="emberkv")
-        told = self._capsys.readouterr().err
+        printed = self._capsys.readouterr().err
         assert ended.value.code in (0, 2), shown
         if ended.value.code == 2:
-            assert told.startswith("error: "), f"{shown}: {told}"
-            assert len(told.splitlines()) <= 3, f"{shown}: {told}"
+            assert printed.startswith("error: "), f"{shown}: {printed}"
+            assert len(printed.splitlines()) <= 3, f"{shown}: {printed}"
             for words in ("Input should", "Value error", "Traceback", "\x1b[2J"):
-                assert words not in told, f"{shown}: {told}"
+                assert words not in printed, f"{shown}: {printed}"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from emberkv.cli.startup import made_to_stay
+from emberkv.cli.startup import gc_frozen
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def thawed() -> Iterator[None]:
 
 
 def test_what_the_start_makes_is_left_alone_by_the_collector(thawed: None) -> None:
-    with made_to_stay():
+    with gc_frozen():
         assert not gc.isenabled()
         made = [[number] for number in range(1000)]
     assert gc.isenabled()
@@ -24,7 +24,7 @@ def test_what_the_start_makes_is_left_alone_by_the_collector(thawed: None) -> No
 
 
 def test_a_start_that_fails_leaves_the_collector_as_it_was(thawed: None) -> None:
-    with pytest.raises(ValueError, match="no model"), made_to_stay():
+    with pytest.raises(ValueError, match="no model"), gc_frozen():
         raise ValueError("no model")
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

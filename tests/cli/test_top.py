@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from emberkv.cli.connection import ServerError
 from emberkv.cli.main import app
-from emberkv.cli.top import Interval, Reading, read, view
+from emberkv.cli.top import Interval, Scrape, read, view
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -50,7 +50,7 @@ SESSION = {"tenant": "", "session": "s\x1b[31m", "requests": 4, "prompt_tokens":
 PREFIX = {"begins": "You are a helpful\nassistant " * 9, "tokens": 4096, "hits": 12}
 
 
-def reading(at: float, *, query: float, pool: float, fast: float, all: float, status: int = 200) -> Reading:
+def reading(at: float, *, query: float, pool: float, fast: float, all: float, status: int = 200) -> Scrape:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/metrics":
             return httpx.Response(status, text=METRICS.format(query=query, pool=pool, fast=fast, all=all))

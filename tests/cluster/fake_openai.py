@@ -1,4 +1,4 @@
-"""A server that speaks the OpenAI API, whose answers are fixed, and which fails as it is told to."""
+"""A server that speaks the OpenAI API, whose answers are fixed, and which fails where a test sets it to."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Workers in this process, whose answers are a function of their prompts, and which fail when they are told to."""
+"""Workers in this process, whose answers are a function of their prompts, and which fail where a test sets them to."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence

@@ -8,7 +8,7 @@ from emberkv.cluster.cluster_engine import ClusterEngine
 from emberkv.cluster.workers import WorkerStatus
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
-from emberkv.serving.admission import InFlight
+from emberkv.serving.admission import ConcurrencyLimit
 from emberkv.serving.errors import TooManyRequestsError
 from tests.cluster.fake_workers import FakeWorker, expected
 from tests.cluster.test_cluster_engine import PROMPT, Cluster, cluster, on_a_loop
@@ -73,7 +73,7 @@ async def test_its_route_is_not_remembered() -> None:
 @on_a_loop
 async def test_it_does_not_count_among_the_requests_in_flight() -> None:
     worker = FakeWorker("a", hangs=True)
-    async with cluster({"a": worker}, in_flight=InFlight(1)) as it:
+    async with cluster({"a": worker}, in_flight=ConcurrencyLimit(1)) as it:
         background = submit(it, "a")
         await worker.asked.wait()
         it.submit("x")

@@ -10,7 +10,7 @@ import pytest
 
 from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine
 from emberkv.cluster.membership import Membership
-from emberkv.cluster.routing import Reason, make_router
+from emberkv.cluster.routing import RoutingReason, make_router
 from emberkv.cluster.wire import LoadReport, SharedTier, WorkerDescription
 from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
@@ -24,7 +24,7 @@ from emberkv.errors import (
     RequestError,
     WireError,
 )
-from emberkv.serving.admission import InFlight
+from emberkv.serving.admission import ConcurrencyLimit
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
 from tests.waiting import on_a_loop
@@ -139,7 +139,7 @@ async def test_a_route_has_the_reason_for_each_of_its_workers() -> None:
         route = it.engine.route("x")
         assert route is not None
         assert route.workers == ["b", "a"]
-        assert route.reasons == {"b": Reason.SEQUENCE, "a": Reason.TURN}
+        assert route.reasons == {"b": RoutingReason.SEQUENCE, "a": RoutingReason.TURN}
 
 
 @on_a_loop
@@ -165,7 +165,9 @@ async def test_a_worker_that_unloads_its_model_is_idle_and_was_never_down() -> N
 
 @on_a_loop
 async def test_a_full_gateway_still_takes_a_tenant_that_has_less_than_its_part() -> None:
-    async with cluster({"a": FakeWorker("a", hangs=True)}, in_flight=InFlight(3, {"one": 2.0, "other": 1.0})) as it:
+    async with cluster(
+        {"a": FakeWorker("a", hangs=True)}, in_flight=ConcurrencyLimit(3, {"one": 2.0, "other": 1.0})
+    ) as it:
         engine = it.engine
         assert engine is not None
         ended = asyncio.Event()
@@ -326,7 +328,7 @@ async def test_a_worker_that_leaves_goes_on_to_leave_until_another_process_takes
 @on_a_loop
 async def test_more_requests_than_are_taken_are_refused() -> None:
     workers = {"a": FakeWorker("a", hangs=True)}
-    async with cluster(workers, in_flight=InFlight(1)) as it:
+    async with cluster(workers, in_flight=ConcurrencyLimit(1)) as it:
         it.submit("x")
         with pytest.raises(DuplicateRequestError):
             it.submit("x")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster.policies import ExpectedTtft, Reason, ReplicaState, RoutingView
+from emberkv.cluster.policies import ExpectedTtft, ReplicaState, RoutingReason, RoutingView
 from emberkv.cluster.routing import DEFAULT_ROUTING, Decision, Router, RoutingRequest, make_router, names
 from emberkv.core.events import POOL
 from emberkv.core.hashing import TokenChain
@@ -48,7 +48,7 @@ def test_a_decision_says_what_it_expects_of_each_replica() -> None:
     states[1].queued_tokens = 500
     states[2].up = False
     decision = decide(router, states, chain)
-    assert (decision.replica, decision.reason, decision.cached_tokens) == (1, Reason.LEAST_COST, 800)
+    assert (decision.replica, decision.reason, decision.cached_tokens) == (1, RoutingReason.LEAST_COST, 800)
     first, second = decision.estimates
     assert (first.slot, first.waiting, first.computing, dict(first.cached_tokens)) == (0, 0.0, 1.6, {})
     assert (second.slot, second.waiting, second.computing, dict(second.cached_tokens)) == (1, 0.5, 0.8, {POOL: 800})
@@ -80,7 +80,7 @@ def test_a_machine_that_computes_faster_gets_a_prompt_that_no_replica_has() -> N
     states[2].prefill_rate = 10 * RATE
     assert decide(router, states, prompt(0, 100)).replica == 2
     states[2].prefill_rate = 1.2 * RATE
-    assert decide(router, states, prompt(1, 100)).reason is Reason.TIE, "so small a difference is noise"
+    assert decide(router, states, prompt(1, 100)).reason is RoutingReason.TIE, "so small a difference is noise"
 
 
 def test_a_cold_fleet_spreads_prefixes_and_always_in_the_same_way() -> None:
@@ -121,7 +121,7 @@ def test_a_session_without_any_cached_block_goes_to_the_replica_that_had_it() ->
     router, states = fleet(8)
     home = decide(router, states, prompt(1, 0, shared=0), "short").replica
     later = [decide(router, states, TokenChain(bytes(32), [turn], BLOCK), "short", now=99.0 * turn) for turn in (1, 2)]
-    assert [(each.replica, each.reason) for each in later] == [(home, Reason.SESSION)] * 2
+    assert [(each.replica, each.reason) for each in later] == [(home, RoutingReason.SESSION)] * 2
 
 
 def test_conversations_that_begin_go_to_those_that_were_given_less() -> None:
@@ -140,7 +140,7 @@ def test_a_replica_that_left_is_no_home_and_computes_nothing() -> None:
     router.leave(home)
     assert router.join("late") == home
     decision = decide(router, states, chain, "a", now=0.1)
-    assert (decision.reason, decision.cached_tokens) == (Reason.TIE, 0)
+    assert (decision.reason, decision.cached_tokens) == (RoutingReason.TIE, 0)
 
 
 STATES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 100)), min_size=2, max_size=5)

@@ -12,7 +12,7 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd, ContentText, ParsedCall, joined
 from tests.cluster.fake_openai import FakeOpenAI
-from tests.cluster.test_foreign_gateway import Served, served
+from tests.cluster.foreign_gateway import Served, served
 from tests.waiting import on_a_loop, until
 
 TOOL = {"name": "read", "description": "", "input_schema": {"type": "object", "properties": {"path": {}}}}

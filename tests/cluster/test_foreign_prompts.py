@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, usage_of
 from emberkv.cluster.foreign.prompts import PieceTokenizer, PromptReader, canonical_body
-from emberkv.cluster.foreign.worker import Usage
+from emberkv.cluster.foreign.worker import ReportedUsage
 from emberkv.serving.cache.service import text_of
 from emberkv.serving.tenancy import DEFAULT_TENANT
 
@@ -73,13 +73,16 @@ def test_a_body_without_rules_for_it_stays_the_same_object() -> None:
         ({}, None),
         ([], None),
         ({"usage": {"prompt_tokens": "9"}}, None),
-        ({"usage": {"prompt_tokens": 9}}, Usage(9, 0, None)),
-        ({"usage": {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": None}}, Usage(9, 2, None)),
-        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 20}}}, Usage(9, 0, 9)),
-        ({"usage": {"prompt_tokens": 9}, "timings": {"cache_n": 5}}, Usage(9, 0, 5)),
+        ({"usage": {"prompt_tokens": 9}}, ReportedUsage(9, 0, None)),
+        (
+            {"usage": {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": None}},
+            ReportedUsage(9, 2, None),
+        ),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 20}}}, ReportedUsage(9, 0, 9)),
+        ({"usage": {"prompt_tokens": 9}, "timings": {"cache_n": 5}}, ReportedUsage(9, 0, 5)),
     ],
 )
-def test_usage_is_read_in_every_form(answer: Any, usage: Usage | None) -> None:
+def test_usage_is_read_in_every_form(answer: Any, usage: ReportedUsage | None) -> None:
     assert usage_of(answer) == usage
 
 
@@ -103,7 +106,7 @@ def test_a_stream_is_the_same_however_it_is_cut(sizes: list[int], keeps_usage: b
     else:
         assert [passed[0], passed[2], passed[3]] == [EVENTS[0], EVENTS[2], EVENTS[4]]
         assert "usage" not in json.loads(passed[1].removeprefix(b"data: "))
-    assert (events.usage, events.is_done, events.is_whole) == (Usage(3, 1, None), True, True)
+    assert (events.usage, events.is_done, events.is_whole) == (ReportedUsage(3, 1, None), True, True)
 
 
 def test_a_stream_has_begun_with_its_first_token_and_is_whole_with_its_reason_to_end() -> None:
@@ -140,7 +143,7 @@ def test_choices_of_another_form_pass(choices: str) -> None:
     assert not events.has_begun
 
 
-def test_headers_are_handed_on_byte_for_byte() -> None:
+def test_headers_are_forwarded_byte_for_byte() -> None:
     sent = {"X-Note": "\u65e5".encode(), "X-Odd": b"\xff"}
     as_read = {name: value.decode("utf-8", "surrogateescape") for name, value in sent.items()}
     headers = answer_headers({**as_read, "Content-Encoding": "gzip"})
@@ -153,4 +156,4 @@ def test_counts_that_are_none_are_not_believed() -> None:
     assert usage_of({"usage": {"prompt_tokens": -5}}) is None
     assert usage_of({"usage": {"prompt_tokens": True}}) is None
     odd = {"prompt_tokens": 5, "completion_tokens": -1, "prompt_tokens_details": {"cached_tokens": True}}
-    assert usage_of({"usage": odd}) == Usage(5, 0, None)
+    assert usage_of({"usage": odd}) == ReportedUsage(5, 0, None)

@@ -1,4 +1,4 @@
-"""The ring: everybody has a share, and who comes or goes moves no more than that."""
+"""The ring: each member has a share, and one that joins or leaves moves no more than that."""
 
 from collections import Counter
 

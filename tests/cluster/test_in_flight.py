@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster.routing import InFlight
+from emberkv.cluster.routing import PromptsInFlight
 from emberkv.core.hashing import prompt_hashes
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=40)
@@ -20,7 +20,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 @given(PROMPTS, st.dictionaries(st.integers(0, 5), PROMPTS, max_size=4))
 def test_depths_are_those_of_the_prompts(asked: list[int], sent: dict[int, list[int]]) -> None:
-    in_flight = InFlight()
+    in_flight = PromptsInFlight()
     for slot, prompt in sent.items():
         in_flight.add(slot, hashes(prompt), until=1.0)
     expected = {slot: depth for slot, prompt in sent.items() if (depth := common(asked, prompt))}
@@ -28,7 +28,7 @@ def test_depths_are_those_of_the_prompts(asked: list[int], sent: dict[int, list[
 
 
 def test_the_latest_prompt_of_a_replica_counts_and_each_has_its_own_end() -> None:
-    in_flight = InFlight()
+    in_flight = PromptsInFlight()
     in_flight.add(1, hashes([1, 1, 1]), until=5.0)
     in_flight.add(1, hashes([1, 1, 1, 1]), until=3.0)
     in_flight.add(2, hashes([1, 0]), until=9.0)
@@ -39,7 +39,7 @@ def test_the_latest_prompt_of_a_replica_counts_and_each_has_its_own_end() -> Non
 
 
 def test_a_replica_that_is_lost_computes_nothing() -> None:
-    in_flight = InFlight()
+    in_flight = PromptsInFlight()
     in_flight.add(1, hashes([1, 1]), until=5.0)
     in_flight.add(2, hashes([1]), until=5.0)
     in_flight.forget(1)

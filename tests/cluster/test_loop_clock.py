@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from emberkv.cluster.loop_clock import TICK_SECONDS, LoopClock, Patience
+from emberkv.cluster.loop_clock import TICK_SECONDS, ClockTimeout, LoopClock
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.routing import make_router
 from emberkv.cluster.wire import LoadReport, WorkerDescription
@@ -104,7 +104,7 @@ def test_patience_ends_after_so_much_time_in_which_the_loop_ran(seconds: float |
 
 async def wait(seconds: float | None, clock: Callable[[], float]) -> None:
     with pytest.raises(TimeoutError):
-        async with Patience(seconds, clock):
+        async with ClockTimeout(seconds, clock):
             await asyncio.Event().wait()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from emberkv.cluster import removals
 from emberkv.cluster.cache_routes import merged_prefixes
-from emberkv.cluster.removals import ClusterRemovals, Outcome
+from emberkv.cluster.removals import ClusterRemovals, WorkerAnswer
 from emberkv.cluster.workers import Worker
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import ConfigError, EmberError, WorkerUnreachableError
@@ -54,7 +54,7 @@ class Workers:
         return PrefixPath.of(next(iter(self.engines.values())).chain(prompt, DEFAULT_TENANT), prompt, "")
 
 
-def failed(outcomes: Mapping[Worker, Outcome]) -> dict[str, EmberError]:
+def failed(outcomes: Mapping[Worker, WorkerAnswer]) -> dict[str, EmberError]:
     """By the worker's name."""
     return {each.url[7:]: outcome for each, outcome in outcomes.items() if isinstance(outcome, EmberError)}
 

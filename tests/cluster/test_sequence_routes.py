@@ -216,7 +216,7 @@ def test_tensors_are_on_the_worker_of_their_sequence_and_nowhere_else() -> None:
     run(scenario)
 
 
-def test_a_compressed_body_is_handed_on() -> None:
+def test_a_compressed_body_is_forwarded() -> None:
     async def scenario(_cluster: Cluster, gateway: httpx.AsyncClient) -> None:
         body = gzip.compress(json.dumps({"seq_id": "s", "layer": 0, **layer(2)}).encode())
         put = await gateway.post("/kv/put", content=body, headers={"content-encoding": "gzip"})

@@ -2,7 +2,7 @@
 
 from emberkv.core.events import POOL, BlockStored
 from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import Explanation, Reason, outcome_of
+from emberkv.core.explaining.explanation import Explanation, MissReason, outcome_of
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import TokenChain
 
@@ -42,5 +42,5 @@ def asked(ledger: Ledger, prompt: TokenChain, *, alignment: int = SIZE) -> Expla
     return explain(ledger, prompt, outcome, hit_unit=alignment)
 
 
-def told(explanation: Explanation) -> list[tuple[Reason, int, int]]:
+def miss_spans(explanation: Explanation) -> list[tuple[MissReason, int, int]]:
     return [(miss.reason, miss.start, miss.tokens) for miss in explanation.misses]

@@ -28,7 +28,7 @@ REACHED = (
     "branch_checkpoints", "speculative_checkpoints", "speculative_used", "speculative_unused", "checkpoint_hits",
     "loaded_blocks", "loaded_checkpoints",
 )  # fmt: skip
-"""Counters of `CacheStats` without which a run of all operations shows too little."""
+"""Counters of `SchedulerStats` without which a run of all operations shows too little."""
 LEAST = 20
 
 ANYWHERE = st.integers(0, 1_000_000)

@@ -1,4 +1,4 @@
-"""Events: their numbers, their order, and that a reader who follows them knows what the pool has."""
+"""Events: their numbers, their order, and that a reader which follows them knows what the pool has."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Preemption, abort and clearing at every point of a request's life; nobody else notices."""
+"""Preemption, abort and clearing at every point of a request's life; no other request is affected."""
 
 from collections.abc import Callable
 from hashlib import sha256

@@ -154,7 +154,7 @@ def test_one_that_takes_longer_than_computing_is_left_but_tried_now_and_then() -
     tiers.put_partial(chain([99, *range(5)], SIZE), 0, 5)
     harness.add("faster", [99, *range(5)])
     load = begin(harness)
-    assert load.patience == 5.0
+    assert load.break_even_seconds == 5.0
     harness.arrive(load)
     harness.finish()
 

@@ -192,11 +192,11 @@ def test_one_that_goes_further_in_the_same_way_stays() -> None:
 def test_a_partial_block_is_evicted_first_and_without_an_event() -> None:
     shared = cache(4)
     left(shared, chain(range(11)))
-    told = shared.pool.events.last_sequence
+    last_event = shared.pool.events.last_sequence
     shared.pool.free(shared.pool.allocate(2))  # one blank slot, and one more
     shared.pool.check_integrity([])
     assert hit(shared, chain(range(12))) == 8
-    assert (shared.pool.events.last_sequence, shared.pool.stats.evicted_blocks) == (told, 0)
+    assert (shared.pool.events.last_sequence, shared.pool.stats.evicted_blocks) == (last_event, 0)
 
 
 def test_those_who_mirror_the_cache_hear_of_full_blocks_only() -> None:

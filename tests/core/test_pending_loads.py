@@ -35,7 +35,7 @@ def test_what_a_tier_has_is_loaded_and_then_hit() -> None:
     harness = Harness(lower=stocked(range(16)))
     sequence = harness.add("a", range(18), new=2)
     load = begin(harness)
-    assert (load.start, load.stop, [run.tier for run in load.runs], load.patience) == (0, 4, ["disk"], None)
+    assert (load.start, load.stop, [run.tier for run in load.runs], load.break_even_seconds) == (0, 4, ["disk"], None)
     assert (sequence.status, sequence.lease) == (SequenceStatus.LOADING, None)
     scheduler = harness.scheduler
     assert (scheduler.num_waiting, scheduler.num_running, scheduler.has_work) == (1, 0, False)
@@ -163,7 +163,7 @@ def test_a_slow_tier_behind_a_fast_one_is_left_alone() -> None:
     harness = Harness(lower=tiers)
     sequence = harness.add("a", range(18))
     load = begin(harness)
-    assert (load.start, load.stop, load.patience) == (0, 2, 8.0)
+    assert (load.start, load.stop, load.break_even_seconds) == (0, 2, 8.0)
     harness.arrive(load)
     harness.step()
     expected = Admission(0, {"ram": 8}, MatchEnd.ABSENT, recompute_cheaper_tokens=8, partial_tokens=2)
@@ -350,7 +350,7 @@ def test_now_and_then_a_slow_tier_is_tried_again() -> None:
     for number in range(2 * PROBE_EVERY):
         harness.add(f"{number}", range(18))
         plan = harness.scheduler.schedule()
-        begun += [(number, load.stop, load.patience) for load in plan.loads]
+        begun += [(number, load.stop, load.break_even_seconds) for load in plan.loads]
         for load in plan.loads:
             harness.arrive(load, 0)
         harness.compute(plan)
@@ -379,7 +379,7 @@ def test_a_sequence_waits_for_a_look_up_and_then_for_its_load() -> None:
     harness = Harness(lower=tiers)
     sequence = harness.add("a", range(18))
     lookup = begin_lookup(harness)
-    assert (lookup.start, lookup.stop, lookup.patience) == (1, 4, None)
+    assert (lookup.start, lookup.stop, lookup.break_even_seconds) == (1, 4, None)
     assert (sequence.status, harness.scheduler.has_work) == (SequenceStatus.LOADING, False)
     assert choices(harness) == {}
     tiers.put(lookup.block_hashes)
@@ -406,7 +406,7 @@ def test_a_look_up_takes_no_longer_than_computing_would() -> None:
     tiers.token_seconds = 0.5
     harness = Harness(lower=tiers)
     harness.add("a", range(18))
-    assert begin_lookup(harness).patience == 8.0
+    assert begin_lookup(harness).break_even_seconds == 8.0
 
 
 def test_a_sequence_may_end_while_its_look_up_is_in_progress() -> None:

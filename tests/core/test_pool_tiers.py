@@ -1,4 +1,4 @@
-"""What the pool does for the tiers below it, and for those who share it."""
+"""What the pool does for the tiers below it, and for the processes that share it."""
 
 import pytest
 

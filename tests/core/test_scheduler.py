@@ -6,7 +6,7 @@ from tests.core.harness import Harness
 
 
 def shape(plan: StepPlan) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """Who decodes, and which stretches are prefilled."""
+    """Which sequences decode, and which tokens are prefilled."""
     chunks = [(chunk.sequence.request_id, chunk.start, chunk.stop) for chunk in plan.prefills]
     return [each.request_id for each in plan.decodes], chunks
 

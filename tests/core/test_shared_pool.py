@@ -1,4 +1,4 @@
-"""Tenants in one pool: floors hold against running floods, quotas bind, and nobody starves."""
+"""Tenants in one pool: floors hold against running floods, quotas bind, and no tenant starves."""
 
 from random import Random
 

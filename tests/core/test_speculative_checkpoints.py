@@ -6,12 +6,12 @@ import pytest
 
 from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.checkpoints import GIVEN_UP_AFTER, TRIED_ONE_IN, CheckpointKind, Speculation
+from emberkv.core.checkpoints import GIVEN_UP_AFTER, TRIED_ONE_IN, CheckpointKind, SpeculativeCheckpoints
 from emberkv.core.hashing import TokenChain
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from tests.core.harness import chain, root
 from tests.core.test_checkpoints import cache, harness, served
 from tests.core.test_partial_blocks import computed, left
@@ -113,7 +113,7 @@ def test_one_at_which_prompts_part_makes_room_for_no_other() -> None:
 def test_an_answer_that_ends_where_a_prompt_wants_one_is_speculative_as_well() -> None:
     shared = cache(8)
     left(shared, chain(range(5), 8))
-    block = shared.pool.known_partial(chain(range(5), 8), 0, 5)
+    block = shared.pool.cached.known_partial(chain(range(5), 8), 0, 5)
     assert block is not None
     shared.pool.keep_partial(block, CheckpointKind.HINT)
     assert (shared.pool.stats.speculative_checkpoints, block.keep_when_extended) == (1, True)
@@ -194,9 +194,9 @@ def test_all_that_were_left_are_used_or_unused_or_cached() -> None:
     assert stats.speculative_checkpoints == stats.speculative_used + stats.speculative_unused
 
 
-def speculation(*, owned: float = 64) -> tuple[Speculation, list[Block]]:
+def speculation(*, owned: float = 64) -> tuple[SpeculativeCheckpoints, list[Block]]:
     """Two speculative checkpoints of 4 and 6 tokens in a pool of 64 blocks of 8."""
-    kept = Speculation(64, 8, CacheStats(), lambda owner: owned)
+    kept = SpeculativeCheckpoints(64, 8, SchedulerStats(), num_owned=lambda _: owned, has_blank_for=lambda _: False)
     blocks = [Block(number, block_hash=bytes([number]), num_tokens=count) for number, count in ((1, 4), (2, 6))]
     for block in blocks:
         kept.add(block, CheckpointKind.PROMPT_END)
@@ -243,7 +243,7 @@ def test_a_limit_below_one_is_tried_again_once_in_a_while() -> None:
 
 @pytest.mark.parametrize("forget", [lambda kept: kept.forget_evicted([b"a"]), lambda kept: kept.forget_all_evicted()])
 def test_what_was_removed_or_is_cached_again_does_not_count_as_evicted(
-    forget: Callable[[Speculation], None],
+    forget: Callable[[SpeculativeCheckpoints], None],
 ) -> None:
     kept, _ = speculation()
     kept.evicted(full(b"a"))
@@ -271,7 +271,7 @@ def test_blocks_of_an_owner_without_any_do_not_count() -> None:
 @subclasses_core
 def test_a_use_saves_what_lies_behind_the_next_best_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(BlockPool, "note_use", lambda pool, block, tokens: saved.append(tokens))
+    monkeypatch.setattr(BlockPool, "note_use", lambda _, block, tokens: saved.append(tokens))
     shared = cache(200, size=16)
     serve(shared, range(15), wanted=[10, 14])
     assert serve(shared, [*range(14), 50]) == 14

@@ -132,7 +132,7 @@ class Server:
         ]
 
     def is_idle(self) -> bool:
-        """Whether nobody runs or waits, and no block is held."""
+        """Whether no request runs or waits, and no block is held."""
         names = ("emberkv_requests_running", "emberkv_requests_waiting")
         return not any(self.metric(name) for name in names) and not self.metric("emberkv_pool_blocks", state="in_use")
 

@@ -26,7 +26,7 @@ SMALL = (
     *("--cache-disk", str(QUOTA)),
 )
 """The first two hold less than the prompts whose answers are compared, and all of them less than the users ask for."""
-TROUBLES = ("tier_corrupt", "tier_troubles", "tier_failures", "tier_skipped")
+ERRORS = ("tier_corrupt", "tier_errors", "tier_failures", "tier_skipped")
 
 
 def test_kills_under_load(checkpoint: CheckpointFactory, tmp_path: Path, long: bool) -> None:
@@ -62,10 +62,10 @@ def kill_again_and_again(
         with serving(folder, *model, *SMALL, "--cache-dir", str(cache), *exact) as server:
             counts["warm starts"] += check_server(server, cache, expected.result(DEADLINE))
             with users(server, expected.result(), count=4, seed=f"{folder.name} {number}") as answered:
-                told = [answered.get(timeout=DEADLINE) for _ in range(rng.randint(1, 80))]
+                received = [answered.get(timeout=DEADLINE) for _ in range(rng.randint(1, 80))]
                 counts["evictions"] += bool(server.metric("emberkv_tier_evictions_total", tier="disk"))
             counts["kills"] += 1
-        assert set(told) == {None}
+        assert set(received) == {None}
         check_folder(cache)
     with serving(folder, *model, *SMALL, "--cache-dir", str(cache)) as server:
         counts["warm starts"] += check_server(server, cache, expected.result())
@@ -81,9 +81,9 @@ def check_server(server: Server, cache: Path, expected: Sequence[Choice]) -> boo
     assert answers(server) == expected
     eventually(lambda: server.is_idle() and not server.metric("emberkv_tier_queue_bytes"))
     assert temporary_files(cache) == []
-    assert {trouble: server.total(f"emberkv_{trouble}_total") for trouble in TROUBLES} == dict.fromkeys(TROUBLES, 0)
+    assert {kind: server.total(f"emberkv_{kind}_total") for kind in ERRORS} == dict.fromkeys(ERRORS, 0)
     for kind in ("tokens", "size"):
-        assert server.total("emberkv_transfer_troubles_total", kind=kind) == 0
+        assert server.total("emberkv_transfer_errors_total", kind=kind) == 0
     return server.metric("emberkv_tier_reused_tokens_total", tier="disk") > 0
 
 

@@ -1,4 +1,4 @@
-"""Two tenants of a real server, over a restart: each finds its own and the public prefix, and nobody more."""
+"""Two tenants of a real server, over a restart: each finds its own and the public prefix, and no more."""
 
 import stat
 from collections.abc import Mapping
@@ -56,8 +56,10 @@ def test_tenants_over_a_restart(checkpoint: CheckpointFactory, tmp_path: Path) -
         assert cold["cache_read_input_tokens"] == 0
         assert 0 < public < own
         assert httpx.post(f"{server.url}/v1/messages", json={}, timeout=DEADLINE).status_code == 401
-        told = httpx.get(f"{server.url}/metrics/tenants", headers={"x-api-key": "admin-key"}, timeout=DEADLINE).text
-        assert f'emberkv_tenant_hit_tokens_total{{tenant="globex"}} {float(public + own)}' in told
+        exposition = httpx.get(
+            f"{server.url}/metrics/tenants", headers={"x-api-key": "admin-key"}, timeout=DEADLINE
+        ).text
+        assert f'emberkv_tenant_hit_tokens_total{{tenant="globex"}} {float(public + own)}' in exposition
     assert stat.S_IMODE((cache / "secret").stat().st_mode) == 0o600
     with serving(tmp_path, model, *flags) as server:
         # nothing is measured yet, so the first load is not weighed against computing; only full blocks are on disk

@@ -1,6 +1,6 @@
 """A real server whose cache folder is shared, read-only, full, damaged or gone: right answers all the same.
 
-What went wrong is told by counters, and none of these servers fails to stop in order.
+What went wrong is logged_before by counters, and none of these servers fails to stop in order.
 """
 
 import os
@@ -91,7 +91,7 @@ def test_a_read_only_folder_is_loaded_from(filled: Filled, tmp_path: Path) -> No
     try:
         with serving(tmp_path, *filled.flags, "--cache-dir", str(cache), through=obedient) as server:
             eventually(lambda: right(server, filled.expected) and reused(server, "disk"))
-            assert server.metric("emberkv_tier_troubles_total", tier="disk", kind="folder_cannot_be_written") == 1
+            assert server.metric("emberkv_tier_errors_total", tier="disk", kind="folder_cannot_be_written") == 1
         assert server.exit_code() == 0
     finally:
         for path in folders:
@@ -157,7 +157,7 @@ def test_files_damaged_and_then_lost_while_the_server_runs(filled: Filled, tmp_p
 def test_what_is_told_of_a_request(filled: Filled) -> None:
     """One line and none of its words; and asking why it missed counts as no traffic of the tiers."""
     server, asked = filled.server, {"messages": [{"role": "user", "content": "zebra " * 40}], "max_tokens": 3}
-    told = len(logged_answers(server))
+    logged_before = len(logged_answers(server))
     httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", **asked}, timeout=DEADLINE)
     settle(server)
     before = tier_tokens(server)
@@ -166,7 +166,7 @@ def test_what_is_told_of_a_request(filled: Filled) -> None:
     )
     assert explained.status_code == 200, explained.text
     assert tier_tokens(server) == before
-    assert len(logged_answers(server)) == told + 1
+    assert len(logged_answers(server)) == logged_before + 1
     assert "zebra" not in server.log.read_text()
 
 

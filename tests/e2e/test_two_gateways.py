@@ -77,7 +77,7 @@ def test_a_session_goes_on_at_its_worker_through_either_gateway(both: tuple[Clus
     prompt, usage, worker = f"A session of two gateways. {TEXT}", {}, ""
 
     def knows(gateway: Server, tokens: int) -> bool:
-        """Whether the worker's events have told the gateway what the session has cached."""
+        """Whether the gateway knows from the worker's events what the session has cached."""
         question = {"openai": {"model": "tiny", "prompt": prompt}, "tenant": "globex"}
         found = httpx.post(f"{gateway.url}/v1/cache/explain", json=question, headers=ADMIN, timeout=DEADLINE).json()
         return any(each["worker"] == worker and each["hit_tokens"] >= tokens for each in found["workers"])

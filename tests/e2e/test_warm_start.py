@@ -101,7 +101,7 @@ def test_switched_off_nothing_is_warm(checkpoint: CheckpointFactory, tmp_path: P
 def test_what_use_has_taught_is_warm_after_a_restart(
     blocks: str, checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
-    """From the blocks on disk, or without them by computing; and only the tenant who used it finds it."""
+    """From the blocks on disk, or without them by computing; and only the tenant that used it finds it."""
     folder, cache = checkpoint("llama"), tmp_path / "cache"
     system = "You know where the river goes. " * 60
     arguments = (

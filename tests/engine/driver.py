@@ -12,7 +12,7 @@ from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.engine.torch.attention.paged_attention import shared_prefixes
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
@@ -87,7 +87,7 @@ class Driver:
         self._runs = 0
 
     @property
-    def stats(self) -> CacheStats:
+    def stats(self) -> SchedulerStats:
         return self.pool.stats
 
     def chain(self, prompt: abc.Sequence[int], salt: bytes = b"") -> TokenChain:

@@ -203,7 +203,7 @@ def test_blocks_read_back_from_a_tier_are_as_good_as_computed(executor: Executor
     assert usage is not None
     assert usage.tokens_by_tier == {"ram": usage.cached_tokens}
     assert usage.cached_tokens == 96 // executor.alignment * executor.alignment
-    assert (stats.loaded_blocks, dict(stats.tier_trouble)) == (usage.cached_tokens // BLOCK, {})
+    assert (stats.loaded_blocks, dict(stats.transfer_errors)) == (usage.cached_tokens // BLOCK, {})
     assert_same(executor, onboarded, alone(executor, prompt))
 
 

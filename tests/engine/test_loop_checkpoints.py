@@ -63,7 +63,7 @@ def test_the_next_engine_on_the_tier_goes_on_from_the_checkpoint() -> None:
         inbox = second.ask("b", [*PROMPT, 30, 31])
     assert {output.usage for output in inbox.outputs} == {CacheUsage(9, 7, 1, {"ram": 7})}
     stats = second.loop.stats()
-    assert (stats.loaded_blocks, stats.checkpoints["loaded"], dict(stats.tier_trouble)) == (1, 1, {})
+    assert (stats.loaded_blocks, stats.checkpoints["loaded"], dict(stats.transfer_errors)) == (1, 1, {})
 
 
 def test_what_the_pool_serves_of_one_is_as_recent_in_the_tiers() -> None:

@@ -1,4 +1,4 @@
-"""The loop above tiers: what is loaded is right, nobody waits for it in vain, and no trouble below ends a request."""
+"""The loop above tiers: what is loaded is right, no request waits in vain, and no failure below ends a request."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def test_what_an_earlier_process_left_is_loaded() -> None:
     stats = harness.loop.stats()
     assert (harness.executor.prefilled["a"], stats.loaded_blocks, stats.unloaded_blocks) == (4, 4, 0)
     assert (dict(stats.tier_hit_tokens), dict(stats.load_choices)) == ({"ram": 16}, {"load": 1})
-    assert (stats.tiers["ram"].loads, dict(stats.tier_trouble)) == (4, {})
+    assert (stats.tiers["ram"].loads, dict(stats.transfer_errors)) == (4, {})
 
 
 def test_what_is_computed_goes_down() -> None:
@@ -154,7 +154,7 @@ def test_patience_ends_with_what_computing_would_have_taken() -> None:
         assert waits.wait().usage == CacheUsage(20, 0, 20)
         tier.gate.set()
     stats = harness.loop.stats()
-    assert (stats.unloaded_blocks, dict(stats.tier_trouble)) == (4, {"patience": 1})
+    assert (stats.unloaded_blocks, dict(stats.transfer_errors)) == (4, {"timeout": 1})
     assert waits.tokens == answer(PROMPT)
 
 
@@ -173,8 +173,8 @@ def test_a_load_whose_time_is_not_known_has_a_deadline_too_and_so_have_those_who
         harness.loop.execute(Remove(None, tiers=False)).result(DEADLINE)
         assert harness.ask("later", PROMPT).outputs[0].usage == CacheUsage(20, 0, 20)
         stats = harness.loop.stats()
-        assert (stats.loads, dict(stats.tier_trouble), tier.loads) == (0, {"patience": 1}, 1)
-        assert dict(stats.tiers["ram"].troubles) == {"stalled": 1}
+        assert (stats.loads, dict(stats.transfer_errors), tier.loads) == (0, {"timeout": 1}, 1)
+        assert dict(stats.tiers["ram"].errors) == {"stalled": 1}
         tier.gate.set()
 
 
@@ -193,7 +193,7 @@ def test_a_block_of_another_size_is_computed(payload: bytes) -> None:
     with running(harness):
         inbox = harness.ask("a", PROMPT)
     assert (inbox.outputs[0].usage, inbox.tokens) == (CacheUsage(20, 0, 20), answer(PROMPT))
-    assert dict(harness.loop.stats().tier_trouble) == {"size": 1}
+    assert dict(harness.loop.stats().transfer_errors) == {"size": 1}
 
 
 def test_without_memory_to_copy_requests_go_on() -> None:
@@ -202,7 +202,7 @@ def test_without_memory_to_copy_requests_go_on() -> None:
     with running(harness):
         inbox = harness.ask("a", PROMPT, new=5)
     assert (inbox.reason, inbox.outputs[0].usage) == (FinishReason.LENGTH, CacheUsage(20, 0, 20))
-    assert harness.loop.stats().tier_trouble["memory"] > 1
+    assert harness.loop.stats().transfer_errors["memory"] > 1
 
 
 def test_what_is_cleared_while_it_loads_does_not_come_back() -> None:
@@ -265,7 +265,7 @@ def test_a_tier_that_does_not_answer_in_time_is_a_miss() -> None:
         assert other.reason is FinishReason.LENGTH
         tier.gate.set()
     stats = harness.loop.stats()
-    assert (dict(stats.tier_trouble), stats.tiers["remote"].troubles) == ({"lookup": 1}, {"stalled": 1})
+    assert (dict(stats.transfer_errors), stats.tiers["remote"].errors) == ({"lookup": 1}, {"stalled": 1})
 
 
 @pytest.mark.parametrize(("answered", "deadline"), [(True, False), (True, True), (False, True), (False, False)])
@@ -273,7 +273,7 @@ def test_a_look_up_ends_with_the_answer_or_at_its_deadline(answered: bool, deadl
     now = [0.0]
     harness, tier = remote(lambda: now[0])
     link = harness.link
-    lookup = PendingLookup(harness.chain(PROMPT), 0, 4, exact=False, patience=0.5)
+    lookup = PendingLookup(harness.chain(PROMPT), 0, 4, exact=False, break_even_seconds=0.5)
     tier.gate.clear()
     link.look_up(lookup)
     assert (link.has_ended, link.seconds_left, link.looked_up()) == (False, 0.5, [])
@@ -287,7 +287,7 @@ def test_a_look_up_ends_with_the_answer_or_at_its_deadline(answered: bool, deadl
     ended = answered or deadline
     assert (link.has_ended, link.looked_up()) == (ended, [lookup] if ended else [])
     assert link.looked_up() == []
-    assert dict(link.trouble) == ({"lookup": 1} if deadline and not answered else {})
+    assert dict(link.errors) == ({"lookup": 1} if deadline and not answered else {})
     assert link.find(lookup.block_hashes, exact=False) == ([BlockRun("remote", 4, None)] if answered else [])
     tier.gate.set()
     assert harness.stack.close(DEADLINE)

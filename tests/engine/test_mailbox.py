@@ -91,8 +91,8 @@ def test_a_reader_follows_the_pool_by_commands() -> None:
 
 def test_a_nudge_that_comes_before_the_wait_ends_it() -> None:
     mailbox = Mailbox()
-    mailbox.nudge()
-    assert mailbox.collect(None) == Mail()  # without the nudge, this would wait for ever
+    mailbox.wake()
+    assert mailbox.collect(None) == Mail()  # without `wake`, this would wait for ever
     mailbox.abort("unknown")
     assert mailbox.collect(0.0) == Mail()
     mailbox.stop()

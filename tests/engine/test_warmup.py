@@ -210,7 +210,7 @@ def _is_computing() -> bool:
 
 
 class Gate(Recorder):
-    """Holds up whoever stores the first block."""
+    """Blocks the thread that stores the first block."""
 
     def __init__(self) -> None:
         super().__init__()

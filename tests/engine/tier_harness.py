@@ -1,4 +1,4 @@
-"""A loop over tiers, with an executor that writes each block's hash as its bytes, and tiers that wait when told."""
+"""A loop over tiers, with an executor that writes each block's hash as its bytes, and tiers that a test may block."""
 
 import threading
 from collections.abc import Callable, Sequence

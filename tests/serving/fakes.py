@@ -175,7 +175,7 @@ class FakeEngine:
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.figures = EngineStats()
+        self.engine_stats = EngineStats()
         self.is_full = False
         self.submitted: list[GenerationRequest] = []
         self.aborted: list[str] = []
@@ -213,7 +213,7 @@ class FakeEngine:
         return PrefillProgress(prompt if running.said else prompt // 2, prompt)
 
     def stats(self) -> EngineStats:
-        return self.figures
+        return self.engine_stats
 
     @property
     def running(self) -> int:

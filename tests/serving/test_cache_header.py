@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
+from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, MissReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
 from emberkv.serving.app import create_app
@@ -21,9 +21,11 @@ from tests.serving.harness import MODEL, Client, sse_comments
 places = st.dictionaries(st.sampled_from(["pool", "ram", "disk", "tier-2"]), st.integers(1, 10**9), max_size=4)
 
 
-@given(st.integers(0, 10**9), places, st.integers(0, 10**9), st.sampled_from(Reason) | st.none(), st.integers(0, 10**9))
+@given(
+    st.integers(0, 10**9), places, st.integers(0, 10**9), st.sampled_from(MissReason) | st.none(), st.integers(0, 10**9)
+)
 def test_what_is_written_is_read_back(
-    hit: int, by_tier: dict[str, int], miss: int, why: Reason | None, at: int
+    hit: int, by_tier: dict[str, int], miss: int, why: MissReason | None, at: int
 ) -> None:
     summary = CacheSummary(hit, by_tier, miss, why, at if why else 0)
     assert parse_summary(str(summary)) == summary
@@ -38,7 +40,7 @@ def test_what_is_no_such_header(header: str) -> None:
 
 
 def test_the_reason_is_the_one_with_most_tokens_and_a_divergence_is_placed_at_its_token() -> None:
-    misses = (Miss(Reason.EVICTED, 16, 8), Miss(Reason.DIVERGED, 24, 12), Miss(Reason.PARTIAL, 36, 4))
+    misses = (Miss(MissReason.EVICTED, 16, 8), Miss(MissReason.DIVERGED, 24, 12), Miss(MissReason.PARTIAL, 36, 4))
     explanation = Explanation(40, {"pool": 16}, misses, Divergence(27, (), (1,), (2,), cached=True))
     assert str(summary_of(CacheUsage(40, 16), explanation)) == "hit=16;pool=16;miss=24;why=diverged@27"
     assert str(summary_of(CacheUsage(40, 24, tokens_by_tier={"disk": 8}), None)) == "hit=24;pool=16;disk=8;miss=16"
@@ -71,10 +73,10 @@ def test_every_response_has_it(core: CoreEngine, path: str, stream: bool) -> Non
     client = client_of(core)
     text = "abcdefghijklmnopqrstuvwxyz" * 2
     cold, warm = (parse_summary(header(client, path, text, stream=stream)) for _ in range(2))
-    assert (cold.hit, cold.why, cold.at) == (0, Reason.NEW, 0)
+    assert (cold.hit, cold.why, cold.at) == (0, MissReason.NEW, 0)
     assert warm.hit == warm.by_tier["pool"] >= 48
     assert warm.hit + warm.miss == cold.miss
-    assert warm.why in (Reason.PARTIAL, Reason.ALIGNMENT)
+    assert warm.why in (MissReason.PARTIAL, MissReason.ALIGNMENT)
 
 
 def test_the_reason_is_the_one_at_the_time_of_the_request(core: CoreEngine) -> None:

@@ -25,7 +25,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def asking(server: HttpServer, path: str, *, stream: bool) -> Iterator[socket.socket]:
-    """A connection whose request has been sent and whose response nobody has read."""
+    """A connection whose request has been sent and whose response was not read."""
     address = urlsplit(server.url)
     request = httpx.Request("POST", server.url + path, json={**BODIES[path], "stream": stream})
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(request.content)}\r\n\r\n"

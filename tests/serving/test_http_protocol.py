@@ -72,8 +72,8 @@ def limited(lifecycle: Lifecycle, **limits: int) -> Iterator[HttpServer]:
     ids=["url", "many", "long", "one-without-end", "many-without-end", "tls"],
 )
 def test_a_head_that_is_too_large(server: HttpServer, sent: bytes, status: int, message: str) -> None:
-    answered, told = exchange(server, sent)
-    assert (answered, told[: len(message)]) == (status, message)
+    answered, error_text = exchange(server, sent)
+    assert (answered, error_text[: len(message)]) == (status, message)
     assert httpx.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
 
 

@@ -13,7 +13,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, OutputListener, TokenOutput
 from emberkv.serving.app import create_app
 from emberkv.serving.errors import TooManyRequestsError
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client, serving
 from tests.waiting import DEADLINE, eventually
@@ -61,9 +61,9 @@ def test_a_model_that_cannot_be_loaded() -> None:
 
 def test_a_model_loaded_during_a_drain_is_not_served(model: ServedModel) -> None:
     lifecycle = Lifecycle()
-    lifecycle.phase = Phase.DRAINING
+    lifecycle.phase = ServerPhase.DRAINING
     lifecycle.loaded(model)
-    assert lifecycle.phase is Phase.DRAINING
+    assert lifecycle.phase is ServerPhase.DRAINING
 
 
 def test_a_drain_refuses_new_answers_and_lets_running_ones_finish(lifecycle: Lifecycle, engine: FakeEngine) -> None:
@@ -76,7 +76,7 @@ def test_a_drain_refuses_new_answers_and_lets_running_ones_finish(lifecycle: Lif
         running = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=CHAT, timeout=DEADLINE)
         eventually(lambda: engine.running == 1)
         server.stop()
-        eventually(lambda: lifecycle.phase is Phase.DRAINING)
+        eventually(lambda: lifecycle.phase is ServerPhase.DRAINING)
         refused = client.post("/v1/chat/completions", json=CHAT)
         assert refused.status_code == 503
         assert refused.json()["error"]["message"] == "the server takes no new requests: the server is shutting down"

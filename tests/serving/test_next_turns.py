@@ -16,7 +16,7 @@ from emberkv.engine.request import Engine, EngineStats, GenerationRequest, Outpu
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.rendering import NextPrompt, next_prompt
 from emberkv.serving.app import ServingSettings
-from emberkv.serving.lifecycle import Lifecycle, Places, ServedModel
+from emberkv.serving.lifecycle import AnsweringWorkers, Lifecycle, ServedModel
 from emberkv.serving.next_turns import MOST_WAITING, _Budget
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.template_study import rewrites_turns
@@ -47,7 +47,7 @@ class PausingEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.figures = EngineStats(block_size=4, free_blocks=10_000)
+        self.engine_stats = EngineStats(block_size=4, free_blocks=10_000)
         self.pauses = True
 
     @property
@@ -85,13 +85,13 @@ class Agent:
 
 @contextmanager
 def agent(
-    engine: Engine, tokens: int = 100_000, *, family: str = "Qwen3", places: Places | None = None
+    engine: Engine, tokens: int = 100_000, *, family: str = "Qwen3", workers: AnsweringWorkers | None = None
 ) -> Iterator[Agent]:
     tokenizer, output_format = FamilyTokenizer(FAMILIES[family]), FAMILIES[family].format
     rewrites = rewrites_turns(tokenizer, reasons=True)
     lifecycle = Lifecycle()
     model = ServedModel((MODEL,), 0, engine, tokenizer, output_format=output_format, rewrites_turns=rewrites)
-    lifecycle.loaded(replace(model, places=places))
+    lifecycle.loaded(replace(model, answering_workers=workers))
     with (
         serving(lifecycle, ServingSettings(next_turn_tokens=tokens)) as server,
         httpx.Client(base_url=server.url, timeout=DEADLINE, trust_env=False) as http,
@@ -196,7 +196,7 @@ def test_the_conversations_own_next_request_ends_it(pausing: PausingEngine) -> N
 
 
 class OneWorker:
-    """The places of a gateway with one worker."""
+    """The workers of a gateway with one worker."""
 
     def __init__(self) -> None:
         self.is_idle = False
@@ -215,14 +215,14 @@ class OneWorker:
 
 
 def test_at_a_gateway_it_waits_for_the_worker_that_has_answered(pausing: PausingEngine) -> None:
-    places = OneWorker()
-    pausing.figures = EngineStats(block_size=4, free_blocks=0)  # which is asked of the worker instead
-    with agent(pausing, places=places) as client:
+    workers = OneWorker()
+    pausing.engine_stats = EngineStats(block_size=4, free_blocks=0)  # which is asked of the worker instead
+    with agent(pausing, workers=workers) as client:
         client.ask(SYSTEM, user("Which lamps are lit?"))
         client.ask(user("Write a title"), tools=False)
         assert client.counted("emberkv_next_turn_waiting") == 1
         assert not pausing.background
-        places.is_idle = True
+        workers.is_idle = True
         eventually(lambda: pausing.background)
         (background,) = pausing.background
         assert background.worker == "a"
@@ -233,11 +233,11 @@ def test_at_a_gateway_it_waits_for_the_worker_that_has_answered(pausing: Pausing
 
 
 def test_at_a_gateway_the_conversations_own_next_request_ends_it(pausing: PausingEngine) -> None:
-    places = OneWorker()
-    with agent(pausing, places=places) as client:
+    workers = OneWorker()
+    with agent(pausing, workers=workers) as client:
         question = [SYSTEM, user("Which lamps are lit?")]
         said, _ = client.ask(*question)
-        places.is_idle = True
+        workers.is_idle = True
         eventually(lambda: pausing.background)
         client.ask(*question, said, user("And now?"))
         eventually(lambda: client.outcomes("replaced"))
@@ -248,20 +248,20 @@ def test_at_a_gateway_the_conversations_own_next_request_ends_it(pausing: Pausin
 def test_at_a_gateway_nothing_waits_for_a_worker_that_has_lost_its_blocks(
     pausing: PausingEngine, epoch: bytes | None
 ) -> None:
-    places = OneWorker()
-    with agent(pausing, places=places) as client:
+    workers = OneWorker()
+    with agent(pausing, workers=workers) as client:
         client.ask(SYSTEM, user("Which lamps are lit?"))
         assert client.counted("emberkv_next_turn_waiting") == 1
-        places.epoch = epoch
+        workers.epoch = epoch
         eventually(lambda: client.outcomes("worker_lost"))
         assert client.counted("emberkv_next_turn_waiting") == 0
     assert not pausing.background
 
 
 def test_at_a_gateway_none_waits_whose_worker_is_gone_by_the_end_of_the_answer(pausing: PausingEngine) -> None:
-    places = OneWorker()
-    places.epoch = None
-    with agent(pausing, places=places) as client:
+    workers = OneWorker()
+    workers.epoch = None
+    with agent(pausing, workers=workers) as client:
         client.ask(SYSTEM, user("Which lamps are lit?"))
         assert client.outcomes("worker_lost") == 1
         assert client.counted("emberkv_next_turn_waiting") == 0
@@ -271,7 +271,7 @@ def test_at_a_gateway_none_waits_whose_worker_is_gone_by_the_end_of_the_answer(p
     ("outcome", "tokens", "free_blocks"), [("over_budget", 20, 10_000), ("pool_too_small", 100_000, 10)]
 )
 def test_it_has_limits(pausing: PausingEngine, outcome: str, tokens: int, free_blocks: int) -> None:
-    pausing.figures = EngineStats(block_size=4, free_blocks=free_blocks)
+    pausing.engine_stats = EngineStats(block_size=4, free_blocks=free_blocks)
     with agent(pausing, tokens) as client:
         client.ask(SYSTEM, user("Which lamps are lit?"))
         eventually(lambda: client.outcomes(outcome))

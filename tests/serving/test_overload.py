@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from emberkv.serving.admission import InFlight
+from emberkv.serving.admission import ConcurrencyLimit
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.errors import TooManyRequestsError
 from emberkv.serving.lifecycle import Lifecycle
@@ -41,7 +41,7 @@ def test_a_request_that_cannot_be_started_counts_no_more(lifecycle: Lifecycle) -
 
 
 def test_a_tenant_with_less_than_its_share_is_served() -> None:
-    limit = InFlight(4)
+    limit = ConcurrencyLimit(4)
     limit.enter("loud", 4)
     with pytest.raises(TooManyRequestsError, match="4 answers are in flight"):
         limit.enter("loud", 1)
@@ -54,7 +54,7 @@ def test_a_tenant_with_less_than_its_share_is_served() -> None:
 
 
 def test_a_request_for_many_answers_is_served_when_there_are_no_others() -> None:
-    limit = InFlight(4)
+    limit = ConcurrencyLimit(4)
     limit.enter("a", 64)
     with pytest.raises(TooManyRequestsError):
         limit.enter("a", 1)

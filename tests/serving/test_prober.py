@@ -1,7 +1,7 @@
 """What a tenant learns by asking for another one's prompts: nothing, by count, by explanation or by cost.
 
-A prompt that another tenant has cached (a probe) and one that nobody has (a control) are asked for, many times and in
-random order. Cost is counted, in tokens and blocks, so that the outcome does not depend on the machine.
+A prompt that another tenant has cached (a probe) and one that no tenant has (a control) are asked for, many times and
+in random order. Cost is counted, in tokens and blocks, so that the outcome does not depend on the machine.
 """
 
 import copy
@@ -204,7 +204,7 @@ def test_the_nearest_prompt_that_is_told_is_ones_own(model: ModelOnDevice, publi
     divergences = [view["explained"]["divergence"] for view in probes.views + controls.views]
     own = {each["found"] for each in divergences}
     expected = {each["expected"] for each in divergences} - own
-    assert len(expected) == 1, "only the prober's very first prompt was never told as found"
+    assert len(expected) == 1, "only the prober's very first prompt was never reported as found"
 
 
 def test_where_space_is_short_a_rank_test_finds_no_difference(

@@ -1,7 +1,14 @@
 """What a dashboard shows of recent prompts."""
 
 from emberkv.engine.request import CacheUsage
-from emberkv.serving.dashboard import MINUTES, SHOWN_SESSIONS, SHOWN_TURNS, RecentTraffic, Turn, tokens_by_source
+from emberkv.serving.dashboard import (
+    MINUTES,
+    SHOWN_SESSIONS,
+    SHOWN_TURNS,
+    AnsweredTurn,
+    RecentTraffic,
+    tokens_by_source,
+)
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import DEFAULT_TENANT
 
@@ -12,8 +19,8 @@ def request(session: str = "") -> RequestContext:
     return RequestContext("chatcmpl-1", "chat_completions", DEFAULT_TENANT, 0.0, session=session)
 
 
-def turn(at: float = NOW, ttft: float | None = 0.5, **tokens: int) -> Turn:
-    return Turn("chatcmpl-1", at, tokens, ttft)
+def turn(at: float = NOW, ttft: float | None = 0.5, **tokens: int) -> AnsweredTurn:
+    return AnsweredTurn("chatcmpl-1", at, tokens, ttft)
 
 
 def test_a_prompts_tokens_are_in_the_pool_in_a_tier_or_computed() -> None:

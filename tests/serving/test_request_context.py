@@ -6,7 +6,7 @@ import pytest
 
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, session_id
+from emberkv.serving.request_context import RecentRequests, RecentSessions, RequestContext, session_id
 from emberkv.serving.tenancy import Tenant
 
 
@@ -15,7 +15,7 @@ def asked(session: str, tenant: str = "ann") -> RequestContext:
 
 
 def test_the_longest_silent_session_is_forgotten() -> None:
-    sessions = Sessions(limit=2)
+    sessions = RecentSessions(limit=2)
     for session in ("one", "two", "one", "three"):
         sessions.count(asked(session), [CacheUsage(10, 8), CacheUsage(5, 0)], now=1.0)
     assert [(each["session"], each["requests"], each["prompt_tokens"]) for each in sessions.listing()] == [
@@ -25,14 +25,14 @@ def test_the_longest_silent_session_is_forgotten() -> None:
 
 
 def test_tenants_may_choose_the_same_id() -> None:
-    sessions = Sessions()
+    sessions = RecentSessions()
     for tenant in ("ann", "bob"):
         sessions.count(asked("one", tenant), [CacheUsage(10, 8)], now=1.0)
     assert [(each["tenant"], each["hit_tokens"]) for each in sessions.listing()] == [("bob", 8), ("ann", 8)]
 
 
 def test_requests_without_a_session_are_not_counted() -> None:
-    sessions = Sessions()
+    sessions = RecentSessions()
     sessions.count(asked(""), [CacheUsage(10, 8)], now=1.0)
     assert len(sessions) == 0
 

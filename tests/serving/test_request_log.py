@@ -137,8 +137,8 @@ def test_a_refused_request_in_json(log: Lines) -> None:
     server.client.post("/v1/completions", {"model": MODEL, "prompt": "x"}, headers={"x-api-key": "guess"})
     server.client.get("/v1/chat/%0Aforged?key=secret")
     lines = [json.loads(line) for line in requests(log)]
-    told = [tuple(line[name] for name in ("method", "path", "status", "code", "param")) for line in lines]
-    assert told == [
+    logged_fields = [tuple(line[name] for name in ("method", "path", "status", "code", "param")) for line in lines]
+    assert logged_fields == [
         ("POST", "/v1/completions", 400, None, "prompt"),
         ("POST", "/v1/completions", 401, "invalid_api_key", None),
         ("GET", "/v1/chat/%0Aforged", 404, None, None),

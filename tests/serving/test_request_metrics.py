@@ -30,7 +30,7 @@ def test_the_bytes_of_weights_and_of_remembered_encodings() -> None:
 
 
 def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:
-    engine.figures = EngineStats(
+    engine.engine_stats = EngineStats(
         running=3,
         waiting=2,
         total_blocks=100,

@@ -50,7 +50,7 @@ def test_what_is_told_waits_until_it_is_to_be_taken_in() -> None:
     store(pool, chain(range(8)))
     watch.on_update(CacheUpdate(time=0.0, admitted=(), events=pool.events.since(0) or ()))
     assert watch.waiting == 5
-    watch.settle()
+    watch.apply_pending()
     assert watch.waiting == 0
     watch.on_update(admitted(range(8)))
     assert watch.curve()[-1].hit_rate == pytest.approx(2 / 8)
@@ -78,6 +78,6 @@ def test_prometheus_and_json_tell_a_point_by_its_bytes() -> None:
     assert registry.get_sample_value(RATIO, {"cache_bytes": "4096"}) == 0.5
     assert registry.get_sample_value(RATIO, {"cache_bytes": "1024"}) == 0.25
     assert registry.get_sample_value(ERROR, {"cache_bytes": "4096"}) == 0
-    assert watch.figures()[2] == {
+    assert watch.as_json()[2] == {
         "cache_bytes": 4096, "cache_blocks": 4, "estimated_hit_ratio": 0.5, "standard_error": 0,
     }  # fmt: skip

@@ -97,17 +97,17 @@ def ask_all(app: FastAPI, asked: Iterator[tuple[str, bytes]]) -> int:
 
 
 def check(path: str, body: bytes, response: httpx.Response) -> None:
-    told = f"{path} {body[:300]!r}: {response.status_code} {response.text[:300]}"
-    assert response.status_code < 500, told
+    shown = f"{path} {body[:300]!r}: {response.status_code} {response.text[:300]}"
+    assert response.status_code < 500, shown
     if response.status_code == 200:
         return
     error = response.json()
     error.pop("request_id")
     if path.startswith("/v1/messages"):
-        assert (set(error), set(error["error"])) == ({"type", "error"}, {"type", "message"}), told
+        assert (set(error), set(error["error"])) == ({"type", "error"}, {"type", "message"}), shown
     else:
-        assert (set(error), set(error["error"])) == ({"error"}, {"message", "type", "param", "code"}), told
-    assert len(error["error"]["message"]) < 2000, told
+        assert (set(error), set(error["error"])) == ({"error"}, {"message", "type", "param", "code"}), shown
+    assert len(error["error"]["message"]) < 2000, shown
 
 
 def with_field(base: dict[str, Any], name: str, value: str) -> bytes:

@@ -16,7 +16,7 @@ from emberkv.errors import ModelNotFoundError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer
-from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, ServedModel, ServerPhase
 from emberkv.serving.sequence_api import answer_unknown_paths_in_detail
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
@@ -391,7 +391,7 @@ def test_a_model_that_was_unloaded_is_loaded_again(host: Host) -> None:
                 "status": "unloaded", "model_name": MODEL, "worker_id": WORKER,
             }  # fmt: skip
             assert worker.request("DELETE", "/inference/model", headers=OPERATOR).json()["status"] == "no_model_loaded"
-            assert (host.lifecycle.phase, host.stopped) == (Phase.IDLE, 1)
+            assert (host.lifecycle.phase, host.stopped) == (ServerPhase.IDLE, 1)
         assert worker.post("/inference/init", {"model_name": MODEL}).json() == {"status": "initialized", **facts}
         assert worker.get("/inference/model/info").json() == {"loaded": True, **facts}
         assert len(host.engines) == loads

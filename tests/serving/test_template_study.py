@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emberkv.errors import RequestError
-from emberkv.serving.template_study import Study, agent_warnings, study_template
+from emberkv.serving.template_study import TemplateStudy, agent_warnings, study_template
 from tests.serving.parsing.families import FAMILIES, Family, render
 
 KEPT = ("", "", "")
@@ -51,7 +51,7 @@ FIRST = {
 """The first token that differs there; a token is a character here. None: all are kept."""
 
 
-def study(template: str, with_thoughts: bool) -> Study:
+def study(template: str, with_thoughts: bool) -> TemplateStudy:
     return study_template(
         lambda messages, is_answered: render(template, messages, add_generation_prompt=is_answered),
         lambda text: [ord(char) for char in text],

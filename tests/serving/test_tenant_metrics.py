@@ -56,7 +56,7 @@ def test_requests_and_tokens_by_tenant(guarded: Client, engine: FakeEngine) -> N
 
 
 def test_bytes_by_tier_and_tenant(guarded: Client, engine: FakeEngine) -> None:
-    engine.figures = EngineStats(
+    engine.engine_stats = EngineStats(
         pool_bytes_by_owner={"acme": 100, "public": 30},
         tiers={"ram": TierStats(bytes_by_owner={"acme": 7}), "disk": TierStats(bytes_by_owner={"globex": 9})},
     )

@@ -16,7 +16,7 @@ DISK = TierStats(
     max_bytes=10_000,
     evictions=6,
     skipped={"disk full": 3, "no room": 1},
-    troubles={"vanished": 2},
+    errors={"vanished": 2},
     hits=20,
     misses=8,
     loads=19,
@@ -38,7 +38,7 @@ STATS = EngineStats(
     exported_blocks=21,
     imported_blocks=13,
     refused_imports={"wrong namespace": 2},
-    tier_trouble={"patience": 3},
+    transfer_errors={"timeout": 3},
     tiers={"ram": TierStats(hits=4, misses=28), "disk": DISK},
     stack=StackStats(offered=30, already_stored=9, queue_full=2, queue_bytes=512, failures={"OSError": 1}),
 )
@@ -87,8 +87,8 @@ def test_what_a_tier_holds_and_moves() -> None:
 def test_what_went_wrong_is_told_by_kind() -> None:
     check({("tier_skipped_total", "disk,disk_full"): 3, ("tier_skipped_total", "disk,no_room"): 1}, "tier", "reason")
     check({("tier_corrupt_total", "disk,bytes_changed"): 1}, "tier", "fault")
-    check({("tier_troubles_total", "disk,vanished"): 2}, "tier", "kind")
-    check({("transfer_troubles_total", "patience"): 3}, "kind")
+    check({("tier_errors_total", "disk,vanished"): 2}, "tier", "kind")
+    check({("transfer_errors_total", "timeout"): 3}, "kind")
 
 
 def test_blocks_between_engines_are_counted() -> None:

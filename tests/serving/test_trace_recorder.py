@@ -23,7 +23,7 @@ BLOCK = 4
 
 
 class HandEngine:
-    """An engine that answers when it is told to."""
+    """An engine that answers when a test has it answer."""
 
     context_length = 1000
     max_prompt_tokens = 999

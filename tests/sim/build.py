@@ -7,7 +7,7 @@ from typing import Any
 
 from emberkv.sim.build import build, machine_of
 from emberkv.sim.config import SimulationConfig, with_changes
-from emberkv.sim.outcome import Outcome
+from emberkv.sim.outcome import RequestOutcome
 from emberkv.sim.simulator import SimulationEnd, Simulator
 from emberkv.workload.content import Content, Span
 from emberkv.workload.request import Request
@@ -31,14 +31,14 @@ class Ran:
 
     simulator: Simulator
     ending: SimulationEnd
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, RequestOutcome]
 
     def cached(self, name: str) -> tuple[int, int]:
         outcome = self.outcomes[name]
         return outcome.cached_tokens, outcome.prefilled_tokens
 
     def check_idle(self) -> None:
-        """Nobody holds anything, and the books balance."""
+        """No block is held, and the conservation law holds."""
         for replica in self.simulator.replicas:
             assert (replica.scheduler.num_running, replica.scheduler.num_waiting) == (0, 0)
             assert replica.pool.num_free == replica.pool.num_blocks
@@ -49,9 +49,9 @@ class Ran:
 def run(source: Source | Iterable[Request], settings: SimulationConfig | None = None, **changes: Any) -> Ran:
     """Every request has exactly one outcome."""
     settings = with_changes(settings or config(), changes)
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RequestOutcome] = {}
 
-    def emit(outcome: Outcome) -> None:
+    def emit(outcome: RequestOutcome) -> None:
         assert outcome.request.request_id not in outcomes
         outcomes[outcome.request.request_id] = outcome
 
@@ -93,9 +93,9 @@ def mixed_requests(seed: int, count: int, *, longest: int = 120, rate: float = 2
     for number in range(count):
         now += rng.expovariate(rate) * rng.choice([0, 1, 1])
         prompt, output = rng.randint(0, longest), rng.randint(0, 40)
-        told = rng.randint(0, prompt + output)
-        cut = rng.randint(0, told)
-        pieces = [Span(span(f"head{rng.randint(0, 3)}", 1).key, 0, cut), Span(span("tail", 1).key, cut, told)]
+        known_tokens = rng.randint(0, prompt + output)
+        cut = rng.randint(0, known_tokens)
+        pieces = [Span(span(f"head{rng.randint(0, 3)}", 1).key, 0, cut), Span(span("tail", 1).key, cut, known_tokens)]
         request = Request(
             request_id=f"r{number}", arrival_time=now, prompt_tokens=prompt, output_tokens=output,
             max_output_tokens=output + rng.choice([0, 0, 5]), content=Content(pieces),

@@ -11,7 +11,7 @@ from benchmarks.measured_elsewhere import MOONCAKE
 from emberkv.sim.build import machine_of
 from emberkv.sim.cache_only import Replay
 from emberkv.sim.config import SimulationConfig, TraceConfig, Workload, with_changes
-from emberkv.sim.outcome import CacheEvent, Outcome, Rows
+from emberkv.sim.outcome import CacheEvent, RequestOutcome, Rows
 from emberkv.sim.run import Results, run_simulation
 from emberkv.sim.summary import summarize
 from emberkv.workload.description import UnlimitedCache
@@ -32,9 +32,9 @@ def blocks(results: Results) -> tuple[int, int]:
     return found["hits"], found["references"]
 
 
-def outcomes(requests: list[Request], **changes: Any) -> dict[str, Outcome]:
+def outcomes(requests: list[Request], **changes: Any) -> dict[str, RequestOutcome]:
     settings = config(**changes)
-    found: list[Outcome] = []
+    found: list[RequestOutcome] = []
     Replay(settings, machine_of(settings, 10)).run(TraceSource(requests), found.append, lambda done, now: None)
     return {each.request.request_id: each for each in found}
 

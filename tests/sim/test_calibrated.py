@@ -11,12 +11,14 @@ from emberkv.sim.config import SimulationConfig
 from emberkv.sim.hardware import HardwareProfile, MeasuredWith, Overheads, TierRates, dump_profile, parse_profile
 from emberkv.sim.model_spec import ModelSpec, load_spec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Chunk, Work
+from emberkv.sim.timing import ChunkWork, StepWork
 from tests.sim.flat import FLAT
 
 DEMO = load_spec("emberkv-demo")
-SHAPES = [Work(n, n * each) for n in (1, 4, 16) for each in (64, 512, 2048)]
-SHAPES += [Work(0, 0, (Chunk(start, start + length, True),)) for start in (0, 1024) for length in (32, 128, 256)]
+SHAPES = [StepWork(n, n * each) for n in (1, 4, 16) for each in (64, 512, 2048)]
+SHAPES += [
+    StepWork(0, 0, (ChunkWork(start, start + length, True),)) for start in (0, 1024) for length in (32, 128, 256)
+]
 
 
 def machine(**changes: object) -> HardwareProfile:
@@ -32,10 +34,10 @@ def machine(**changes: object) -> HardwareProfile:
     return FLAT.model_copy(update=given | changes)
 
 
-def measured_on(hardware: HardwareProfile, works: list[Work], model: ModelSpec = DEMO) -> Measurements:
+def measured_on(hardware: HardwareProfile, works: list[StepWork], model: ModelSpec = DEMO) -> Measurements:
     roofline = Roofline(model, hardware)
     linears = [
-        (rows, roofline.terms_of(Work(rows, 0)).gemm + roofline.terms_of(Work(rows, 0)).logits)
+        (rows, roofline.terms_of(StepWork(rows, 0)).gemm + roofline.terms_of(StepWork(rows, 0)).logits)
         for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     ]
     steps = [(work, roofline.terms_of(work).total) for work in works]
@@ -51,7 +53,9 @@ def test_a_machine_is_recognised_by_its_times(passes: str, last_layer: str) -> N
     measured = measured_on(hardware, SHAPES)
     found = calibrated_profile("found", "", DEMO, measured)
     assert deviation(found, DEMO, measured) < 0.02
-    unseen = measured_on(hardware, [Work(8, 8 * 300), Work(2, 3000), Work(0, 0, (Chunk(512, 576, True),))])
+    unseen = measured_on(
+        hardware, [StepWork(8, 8 * 300), StepWork(2, 3000), StepWork(0, 0, (ChunkWork(512, 576, True),))]
+    )
     assert deviation(found, DEMO, unseen) < 0.05
     assert found.overheads_us.step == pytest.approx(2000, rel=0.05)
 
@@ -111,7 +115,7 @@ def test_times_that_fall_with_more_rows_are_noise() -> None:
     noisy = Measurements([(one, 1.5 * seconds), *rest], measured.steps, "one", 2**34)
     found = calibrated_profile("found", "", DEMO, noisy)
     roofline = Roofline(DEMO, found)
-    gemms = [roofline.terms_of(Work(rows, 0)).gemm for rows in range(1, 300)]
+    gemms = [roofline.terms_of(StepWork(rows, 0)).gemm for rows in range(1, 300)]
     assert gemms == sorted(gemms)
 
 

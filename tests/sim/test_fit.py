@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 
 from emberkv.sim.calibrated import bare, fit_overheads, nonnegative_least_squares
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Chunk, Work
+from emberkv.sim.timing import ChunkWork, StepWork
 from tests.sim.flat import FLAT, TINY, with_overheads
 
-WORKS = [Work(n, 50 * n, chunks) for n in (1, 4, 9) for chunks in ((), (Chunk(0, 32, True),), (Chunk(8, 9, False),))]
+WORKS = [
+    StepWork(n, 50 * n, chunks)
+    for n in (1, 4, 9)
+    for chunks in ((), (ChunkWork(0, 32, True),), (ChunkWork(8, 9, False),))
+]
 
 
 def test_overheads_are_found_again_in_the_times_they_made() -> None:

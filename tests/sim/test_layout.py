@@ -9,7 +9,7 @@ from emberkv.sim.build import kv_blocks, machine_of, weight_bytes
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.hardware import load_profile
 from emberkv.sim.roofline import Layout, Roofline
-from emberkv.sim.timing import Chunk, Work
+from emberkv.sim.timing import ChunkWork, StepWork
 from tests.sim.flat import FLAT, TINY
 
 MIXTURE = replace(TINY, moe_layers=2, experts=8, experts_per_token=2, expert_intermediate=4)
@@ -23,23 +23,23 @@ def roofline(layout: Layout, model=MIXTURE, devices: int = 2) -> Roofline:
 
 def test_data_parallel_attention_reads_whole_heads_of_its_own_sequences() -> None:
     """Two sequences of 100 tokens: a device reads one of them with all heads, as much as both with half of them."""
-    work = Work(2, 200)
+    work = StepWork(2, 200)
     shared, own = (roofline(each).terms_of(work).decode_attention for each in (Layout(), DATA_PARALLEL))
     assert own == shared
-    alone = roofline(DATA_PARALLEL).terms_of(Work(1, 100)).decode_attention
-    assert alone == 2 * roofline(Layout()).terms_of(Work(1, 100)).decode_attention
+    alone = roofline(DATA_PARALLEL).terms_of(StepWork(1, 100)).decode_attention
+    assert alone == 2 * roofline(Layout()).terms_of(StepWork(1, 100)).decode_attention
 
 
 def test_one_prompt_is_computed_by_one_device_if_attention_is_data_parallel() -> None:
-    work = Work(0, 0, (Chunk(0, 64, True),))
+    work = StepWork(0, 0, (ChunkWork(0, 64, True),))
     shared, own = (roofline(each).terms_of(work).prefill_attention for each in (Layout(), DATA_PARALLEL))
     assert own == pytest.approx(2 * shared)
-    two = Work(0, 0, (Chunk(0, 64, True), Chunk(0, 64, True)))
+    two = StepWork(0, 0, (ChunkWork(0, 64, True), ChunkWork(0, 64, True)))
     assert roofline(DATA_PARALLEL).terms_of(two).prefill_attention == pytest.approx(own)
 
 
 def test_data_parallel_attention_exchanges_once_a_layer_instead_of_twice() -> None:
-    work = Work(4, 400)
+    work = StepWork(4, 400)
     twice, once = (roofline(each).terms_of(work).all_reduce for each in (Layout(), DATA_PARALLEL))
     assert twice == 2 * once > 0
     counts = [roofline(each).overhead_counts(work)["all_reduce"] for each in (Layout(), DATA_PARALLEL)]
@@ -48,13 +48,13 @@ def test_data_parallel_attention_exchanges_once_a_layer_instead_of_twice() -> No
 
 def test_whole_experts_wait_for_the_device_that_is_chosen_most() -> None:
     """One row chooses 2 of 8 experts: in parts, each device reads half of both; whole, one may have to read both."""
-    work = Work(1, 1)
+    work = StepWork(1, 1)
     parts, whole = (roofline(each).terms_of(work).gemm for each in (Layout(), EXPERTS))
     assert parts < whole
 
 
 def test_whole_experts_are_evenly_loaded_when_rows_are_many() -> None:
-    work = Work(0, 0, (Chunk(0, 100_000, False),))
+    work = StepWork(0, 0, (ChunkWork(0, 100_000, False),))
     parts, whole = (roofline(each).terms_of(work).gemm for each in (Layout(), EXPERTS))
     assert parts < whole < 1.02 * parts
 
@@ -73,7 +73,7 @@ def test_each_device_keeps_all_of_the_attentions_weights_and_its_own_blocks() ->
 def test_links_are_slower_without_direct_access() -> None:
     card = load_profile("rtx4090")
     assert (card.link(), card.link(True), card.link(False)) == (12.5, 25.0, 12.5)
-    work = Work(0, 0, (Chunk(0, 2048, True),))
+    work = StepWork(0, 0, (ChunkWork(0, 2048, True),))
     slow, fast = (
         Roofline(TINY, card, tensor_parallel=2, layout=Layout(peer_access=each)).terms_of(work).all_reduce
         for each in (False, True)

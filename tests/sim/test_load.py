@@ -1,9 +1,9 @@
-"""Whether a set-up keeps up: decided by who waits when arrivals end."""
+"""Whether a set-up keeps up: decided by the requests that wait when arrivals end."""
 
 import pytest
 
-from emberkv.sim.outcome import Outcome, Row, Rows, Status, Turn
-from emberkv.sim.summary import Load, load_of
+from emberkv.sim.outcome import RequestOutcome, Row, Rows, Status, TurnKind
+from emberkv.sim.summary import OfferedLoad, load_of
 from tests.sim.build import single
 
 SECOND = 10**9
@@ -13,9 +13,9 @@ def rows(*times: tuple[float, float | None], status: Status = Status.COMPLETED, 
     """Arrival and first token of each, in seconds."""
     found = Rows()
     for number, (arrival, first) in enumerate(times):
-        outcome = Outcome(
+        outcome = RequestOutcome(
             single(f"r{number}", 10, 1), status, round(arrival * SECOND),
-            None if first is None else round(first * SECOND), turn=Turn.CONTINUES if session else Turn.FIRST,
+            None if first is None else round(first * SECOND), turn=TurnKind.CONTINUES if session else TurnKind.FIRST,
         )  # fmt: skip
         found.add(outcome)
     return list(found)
@@ -24,7 +24,7 @@ def rows(*times: tuple[float, float | None], status: Status = Status.COMPLETED, 
 def test_half_as_fast_as_requests_arrive_is_a_queue_without_end() -> None:
     """One request a second, each served two seconds after the one before."""
     found = load_of(rows(*((at, 2 * at + 0.5) for at in range(101))), replicas=3)
-    assert found == Load(1.01, 0.5, 51, True, 7)
+    assert found == OfferedLoad(1.01, 0.5, 51, True, 7)
     assert found is not None
     assert found.sentence == (
         "This set-up serves 0.5 of 1.01 requests a second: the queue grows without end; 7 replicas are the least."

@@ -5,7 +5,7 @@ import pytest
 import emberkv.engine.assembly as serving
 from emberkv.core.scheduler import Scheduler
 from emberkv.sim import build
-from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn
+from emberkv.sim.outcome import CacheEvent, RequestOutcome, Status, TurnKind
 from emberkv.sim.replica import SimulatedRequest
 from emberkv.workload.request import After
 from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource
@@ -50,7 +50,7 @@ def test_a_later_turn_computes_what_is_new() -> None:
     ran = run([turn("s", 0, 100, 50), turn("s", 1, 200, 5, at=10)])
     assert ran.cached("s.1") == (150, 50)
     outcome = ran.outcomes["s.1"]
-    assert (outcome.event, outcome.turn) == (CacheEvent.CONVERSATIONAL_HIT, Turn.CONTINUES)
+    assert (outcome.event, outcome.turn) == (CacheEvent.CONVERSATIONAL_HIT, TurnKind.CONTINUES)
     assert outcome.first_token == 10_050 * MS
 
 
@@ -121,7 +121,7 @@ def test_a_later_turn_whose_session_was_evicted_is_a_plain_miss() -> None:
     requests = [turn("s", 0, 100, 50), single("big", 189, 1, at=10), turn("s", 1, 170, 5, at=20)]
     ran = run(requests, kv_blocks=19)
     outcome = ran.outcomes["s.1"]
-    assert (outcome.event, outcome.turn, ran.cached("s.1")) == (CacheEvent.MISS_FULL, Turn.CONTINUES, (0, 170))
+    assert (outcome.event, outcome.turn, ran.cached("s.1")) == (CacheEvent.MISS_FULL, TurnKind.CONTINUES, (0, 170))
 
 
 def test_blocks_that_tokens_take() -> None:
@@ -183,7 +183,7 @@ def test_two_decode_together() -> None:
 
 def test_a_request_takes_a_while_to_get_to_a_replica() -> None:
     settings = config()
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     machine = build.Machine(10, 100, 1, build.ConstantRates(0, 0.001, 0.01), request_seconds=0.005)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1)])
     build.build(settings, machine, source, outcomes.append, lambda done, now: None).run()
@@ -191,7 +191,7 @@ def test_a_request_takes_a_while_to_get_to_a_replica() -> None:
 
 
 def test_requests_get_to_replicas_side_by_side() -> None:
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     rates = build.ConstantRates(0, 0.001, 0.01)
     machine = build.Machine(10, 100, 1, rates, request_seconds=0.04, request_token_seconds=0.001)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1), single("b", 30, 1, at=1.01)])
@@ -200,7 +200,7 @@ def test_requests_get_to_replicas_side_by_side() -> None:
 
 
 def test_who_is_on_the_way_to_a_replica_at_the_end_is_unfinished() -> None:
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     machine = build.Machine(10, 100, 1, build.ConstantRates(0, 0.001, 0.01), request_seconds=0.04)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1)])
     build.build(config(stop_at=1.02), machine, source, outcomes.append, lambda done, now: None).run()

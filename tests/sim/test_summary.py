@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.sim.config import Targets, Workload
-from emberkv.sim.outcome import CacheEvent, Outcome, Rows, Status, Turn, cache_event
+from emberkv.sim.outcome import CacheEvent, RequestOutcome, Rows, Status, TurnKind, cache_event
 from emberkv.sim.run import Results, run_simulation
 from emberkv.sim.summary import percentile, percentiles, summarize
 from tests.sim.build import config, single
@@ -148,18 +148,18 @@ def test_a_simulation_of_nothing_has_a_summary() -> None:
 @pytest.mark.parametrize(
     ("turn", "prompt", "cached", "event"),
     [
-        (Turn.FIRST, 100, 0, CacheEvent.MISS_FULL),
-        (Turn.FIRST, 100, 16, CacheEvent.CROSS_REQUEST_HIT),
-        (Turn.CONTINUES, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
-        (Turn.CONTINUES, 100, 0, CacheEvent.MISS_FULL),
-        (Turn.UNEXPECTED, 100, 0, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
-        (Turn.UNEXPECTED, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
-        (Turn.FIRST, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
-        (Turn.UNEXPECTED, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
-        (Turn.FIRST, 1, 0, CacheEvent.MISS_FULL),
+        (TurnKind.FIRST, 100, 0, CacheEvent.MISS_FULL),
+        (TurnKind.FIRST, 100, 16, CacheEvent.CROSS_REQUEST_HIT),
+        (TurnKind.CONTINUES, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
+        (TurnKind.CONTINUES, 100, 0, CacheEvent.MISS_FULL),
+        (TurnKind.UNEXPECTED, 100, 0, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (TurnKind.UNEXPECTED, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
+        (TurnKind.FIRST, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
+        (TurnKind.UNEXPECTED, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
+        (TurnKind.FIRST, 1, 0, CacheEvent.MISS_FULL),
     ],
 )
-def test_what_a_request_found_has_a_name(turn: Turn, prompt: int, cached: int, event: CacheEvent) -> None:
+def test_what_a_request_found_has_a_name(turn: TurnKind, prompt: int, cached: int, event: CacheEvent) -> None:
     assert cache_event(turn, prompt, cached) is event
 
 
@@ -189,15 +189,15 @@ COUNTS = st.integers(0, 2**31 - 1)
 
 
 @st.composite
-def any_outcomes(draw: st.DrawFn) -> Outcome:
-    return Outcome(
+def any_outcomes(draw: st.DrawFn) -> RequestOutcome:
+    return RequestOutcome(
         single(draw(st.text(max_size=3)), draw(COUNTS), 1),
         draw(st.sampled_from(Status)),
         draw(st.integers(0, 2**60)),
         first_token=draw(TIMES),
         completion=draw(TIMES),
         output_tokens=draw(COUNTS),
-        turn=draw(st.sampled_from(Turn)),
+        turn=draw(st.sampled_from(TurnKind)),
         event=draw(st.none() | st.sampled_from(CacheEvent)),
         cached_tokens=draw(COUNTS),
         prefilled_tokens=draw(COUNTS),
@@ -210,7 +210,7 @@ def any_outcomes(draw: st.DrawFn) -> Outcome:
 
 @settings(max_examples=60)
 @given(st.lists(any_outcomes(), max_size=8))
-def test_rows_give_back_what_they_were_given(outcomes: list[Outcome]) -> None:
+def test_rows_give_back_what_they_were_given(outcomes: list[RequestOutcome]) -> None:
     rows = Rows(("a", "b"), keep_ids=True)
     for outcome in outcomes:
         rows.add(outcome)
@@ -219,7 +219,7 @@ def test_rows_give_back_what_they_were_given(outcomes: list[Outcome]) -> None:
     for row, each in zip(rows, outcomes, strict=True):
         assert (row.arrival, row.first_token, row.completion) == (each.arrival, each.first_token, each.completion)
         assert (row.prompt_tokens, row.output_tokens) == (each.request.prompt_tokens, each.output_tokens)
-        assert (row.status, row.event, row.conversational) == (each.status, each.event, each.turn is not Turn.FIRST)
+        assert (row.status, row.event, row.conversational) == (each.status, each.event, each.turn is not TurnKind.FIRST)
         assert (row.cached_tokens, row.prefilled_tokens) == (each.cached_tokens, each.prefilled_tokens)
         assert (row.replica, row.preemptions, row.retries) == (each.replica, each.preemptions, each.retries)
         assert row.tier_tokens == tuple(each.tier_tokens.get(name, 0) for name in ("a", "b"))

@@ -10,6 +10,7 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import Share
 from emberkv.tiers.base import PolicyFactory, Tier
 from tests.tiers.contract import TIERS, MakeTier, Place, remote
+from tests.tiers.redis_process import RedisProcess
 
 
 @pytest.fixture(params=TIERS, ids=lambda tier: tier.__name__)
@@ -27,3 +28,15 @@ def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTi
     yield get
     for tier in made:
         tier.close()
+
+
+@pytest.fixture
+def server(redis_server: RedisProcess) -> Iterator[RedisProcess]:
+    """For a test that may do it harm; afterwards it runs, empty."""
+    redis_server.client().flushall()
+    yield redis_server
+    redis_server.thaw()
+    if not redis_server.answers():
+        redis_server.start()
+    redis_server.client().config_set("maxmemory", 0)
+    redis_server.client().flushall()

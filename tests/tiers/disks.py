@@ -61,7 +61,7 @@ def opened(
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All block files, whoever's they are."""
+    """The block files of all owners."""
     return sorted(path for path in folder.rglob("*.kv") if path.is_file())
 
 

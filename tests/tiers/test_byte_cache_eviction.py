@@ -1,4 +1,4 @@
-"""When the byte cache evicts, whom, and what it does not evict."""
+"""When the byte cache evicts, which entries, and what it does not evict."""
 
 import pytest
 

@@ -42,8 +42,8 @@ class PlainLRU:
         return self.order.pop(0)
 
 
-class Told:
-    """A policy of the core, told of each read as it happens."""
+class ReadPolicy:
+    """A policy of the core, which gets each read as it happens."""
 
     def __init__(self, name: str) -> None:
         self.policy: EvictionPolicy[str] = make_policy(name)
@@ -77,7 +77,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.begin()
 
     def begin(self) -> None:
-        self.order: PlainLRU | Told = PlainLRU() if self.policy == "lru" else Told(self.policy)
+        self.order: PlainLRU | ReadPolicy = PlainLRU() if self.policy == "lru" else ReadPolicy(self.policy)
         self.kept: dict[str, Kept] = {}
         self.hits = self.misses = self.evictions = 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of, path_of, stored
@@ -37,14 +37,14 @@ def test_a_file_that_has_vanished_is_a_miss(tmp_path: Path, tier: DiskTier) -> N
     tier.store(ENTRIES[:2])
     path_of(tmp_path, IDS[0]).unlink()
     assert tier.load(IDS[:2]) == [None, ENTRIES[1]]
-    assert (tier.lookup(IDS[:1]), tier.stats().bytes, tier.stats().troubles) == (0, SIZE, {"vanished": 1})
+    assert (tier.lookup(IDS[:1]), tier.stats().bytes, tier.stats().errors) == (0, SIZE, {"vanished": 1})
 
 
 def test_a_file_that_vanished_before_a_touch_is_found_out(tmp_path: Path, tier: DiskTier) -> None:
     tier.store(ENTRIES[:2])
     path_of(tmp_path, IDS[0]).unlink()
     tier.touch(IDS[:2])
-    assert (tier.lookup(IDS[:1]), tier.stats().troubles) == (0, {"vanished": 1})
+    assert (tier.lookup(IDS[:1]), tier.stats().errors) == (0, {"vanished": 1})
 
 
 def test_a_whole_folder_that_has_vanished_with_its_lock_is_not_made_again(tmp_path: Path, tier: DiskTier) -> None:
@@ -52,7 +52,7 @@ def test_a_whole_folder_that_has_vanished_with_its_lock_is_not_made_again(tmp_pa
     shutil.rmtree(tmp_path / "blocks")
     assert tier.load(IDS[:2]) == [None, None]
     assert tier.store(ENTRIES[:2]).count == 0
-    assert tier.stats().troubles == {"vanished": 2, "write failed": 2}
+    assert tier.stats().errors == {"vanished": 2, "write failed": 2}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_read_is_passed_over_until_it_is_stored_again(
     files.fails = ""
     assert (tier.lookup(IDS[:2]), tier.load(IDS[:1]), tier.lookup(IDS[1:2])) == (0, [None], 1)
     stats = tier.stats()
-    assert (stats.entries, stats.bytes, stats.troubles) == (2, 2 * SIZE, {"unreadable": 1})
+    assert (stats.entries, stats.bytes, stats.errors) == (2, 2 * SIZE, {"unreadable": 1})
     assert tier.store(ENTRIES[:1]).count == 1
     assert (tier.load(IDS[:2]), tier.stats().bytes) == (ENTRIES[:2], 2 * SIZE)
 
@@ -98,7 +98,7 @@ def test_a_write_that_fails_is_skipped_and_leaves_nothing(
     files.fails, files.error = "write", error
     assert tier.store([ENTRIES[2]]).count == 0
     stats = tier.stats()
-    assert (stats.skipped, stats.troubles) == ({kind: 1}, {kind: 1})
+    assert (stats.skipped, stats.errors) == ({kind: 1}, {kind: 1})
     assert (stats.entries, stats.bytes, others_of(tmp_path)) == (2, 2 * SIZE, [])
     files.fails = ""
     assert tier.store(ENTRIES[2:4]).count == 2
@@ -119,15 +119,15 @@ def test_times_that_cannot_be_written_cost_nothing_but_the_order(tier: DiskTier,
     tier.store(ENTRIES[:2])
     files.fails, files.error = "stamp", errno.EPERM
     assert tier.load(IDS[:2]) == ENTRIES[:2]
-    assert tier.stats().troubles == {"time not written": 2}
+    assert tier.stats().errors == {"time not written": 2}
 
 
 def test_a_file_that_cannot_be_removed_is_counted(tier: DiskTier, files: FailingFiles) -> None:
     tier.store(ENTRIES[:2])
     files.fails, files.error = "unlink", errno.EACCES
-    assert tier.remove(IDS[:1]) == Removed(0, 1, "not removed: Permission denied")
+    assert tier.remove(IDS[:1]) == RemovalResult(0, 1, "not removed: Permission denied")
     stats = tier.stats()
-    assert (tier.lookup(IDS[:1]), stats.entries, stats.troubles) == (0, 2, {"not removed": 1})
+    assert (tier.lookup(IDS[:1]), stats.entries, stats.errors) == (0, 2, {"not removed": 1})
 
 
 def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
     assert tier.load(IDS[:3]) == ENTRIES[:3]
     assert tier.store(ENTRIES[3:5]).count == 0
     assert tier.stats().skipped == {"folder cannot be written": 2}
-    assert tier.stats().troubles == {"folder cannot be written": 1}
+    assert tier.stats().errors == {"folder cannot be written": 1}
     assert {path: path.stat().st_mtime_ns for path in files_of(tmp_path)} == before
 
 
@@ -171,7 +171,7 @@ def test_the_second_process_on_a_folder_loads_and_does_not_store(tmp_path: Path)
     assert tier.load(IDS[:2]) == ENTRIES[:2]
     assert tier.store(ENTRIES[3:4]).count == 0
     assert tier.stats().skipped == {"another process writes here": 1}
-    assert tier.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    assert tier.remove(IDS[:1]) == RemovalResult(0, 1, "another process writes here")
     assert (tier.lookup(IDS[:1]), len(files_of(tmp_path))) == (0, 3)
     done.set()
     other.join(DEADLINE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import CacheFolderError, ConfigError
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 from emberkv.tiers.disk.files import BlockFile, owner_folder, owner_of, scan
 from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, inexact, records
@@ -139,7 +139,7 @@ def test_clear_leaves_other_models_alone(tmp_path: Path) -> None:
     stored(tmp_path, entries(BLOCKS[:2], namespace=OTHER), namespace=OTHER)
     tier = opened(tmp_path)
     tier.store(ENTRIES[:3])
-    assert tier.clear() == Removed(3)
+    assert tier.clear() == RemovalResult(3)
     assert (tier.stats().entries, len(files_of(tmp_path))) == (2, 2)
 
 
@@ -164,7 +164,7 @@ def test_names_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     tier = opened(tmp_path, SIZE)
     assert tier.stats().entries == 1
     assert tier.store(ENTRIES[1:2]).count == 1
-    assert tier.clear() == Removed(1)
+    assert tier.clear() == RemovalResult(1)
     assert (block.parent / f"{'ab' * 32}.kv").is_symlink()
     assert (block.parent / f"{'cd' * 32}.kv").is_dir()
     assert [path.read_bytes() for path in strangers] == [b"mine"] * len(strangers)

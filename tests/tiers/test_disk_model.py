@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.disk.files import owner_folder
 from emberkv.tiers.manager import TierManager
@@ -101,13 +101,13 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(block=blocks)
     def remove(self, block: int) -> None:
-        assert self.tier.remove(IDS[block : block + 1]) == Removed((self.namespace, block) in self.kept)
+        assert self.tier.remove(IDS[block : block + 1]) == RemovalResult((self.namespace, block) in self.kept)
         self.dropped((self.namespace, block))
 
     @rule()
     def clear(self) -> None:
         gone = [key for key in self.kept if key[0] == self.namespace]
-        assert self.tier.clear() == Removed(len(gone))
+        assert self.tier.clear() == RemovalResult(len(gone))
         for key in gone:
             self.dropped(key)
 

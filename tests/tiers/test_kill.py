@@ -15,9 +15,9 @@ def run_until_killed(folder: Path, seed: int, operations: int) -> None:
     command = [sys.executable, "-m", "tests.tiers.killed_process", str(folder), str(seed), "disk"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        told = [process.stdout.readline() for _ in range(operations)]
+        lines = [process.stdout.readline() for _ in range(operations)]
         process.kill()
-    assert told == ["fine\n"] * operations
+    assert lines == ["fine\n"] * operations
 
 
 def check_files(folder: Path) -> None:
@@ -39,6 +39,6 @@ def test_kills_at_random_moments(tmp_path: Path, long: bool) -> None:
         assert all(served_right(stack, number) for number in range(len(CHAINS)))
         assert stack.close(DEADLINE)
         stats = stack.stats()["disk"]
-        assert (stats.corrupt, stats.troubles) == ({}, {})
+        assert (stats.corrupt, stats.errors) == ({}, {})
     assert files_of(tmp_path)
     assert interrupted or not long, "no kill came in the middle of a write"

@@ -1,4 +1,4 @@
-"""Tiers as data: what describes one, and that all who name tiers take the names from there."""
+"""Tiers as data: what describes one, and that all code that names tiers takes the names from there."""
 
 from pathlib import Path
 

@@ -50,7 +50,7 @@ def test_a_tier_whose_read_was_given_up_is_not_searched_until_it_answers() -> No
     assert tier.began.wait(DEADLINE)
     assert manager.cancel(onboarding) == [None] * 83
     assert manager.find(IDS) == []
-    assert manager.stats()["slow"].troubles == {"stalled": 1}
+    assert manager.stats()["slow"].errors == {"stalled": 1}
     tier.gate.set()
     assert ended.wait(DEADLINE)
     assert fetched(manager, BLOCKS) == BLOCKS

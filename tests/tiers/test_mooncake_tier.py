@@ -12,7 +12,7 @@ from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.kinds import TierSpec
 from emberkv.tiers.remote.mooncake import BUFFER_BYTES, MARKED_SECONDS, MooncakeTier
@@ -84,7 +84,7 @@ def test_blocks_that_are_larger_than_the_buffer_s_share_are_stored_and_loaded(
     first, second = (opened(block_bytes=size, buffer_bytes=2**20) for _ in range(2))
     assert first.store(entries(blocks)).count == 4
     assert second.load(block_hashes(blocks)) == entries(blocks)
-    assert second.stats().troubles == {}
+    assert second.stats().errors == {}
 
 
 def test_what_one_process_stores_another_finds(opened: Callable[..., MooncakeTier]) -> None:
@@ -108,7 +108,7 @@ def test_an_exact_block_replaces_one_that_is_not(opened: Callable[..., MooncakeT
     assert tier.load(IDS[:1]) == ENTRIES[:1]
     assert tier.store([other]).count == 1
     assert tier.load(IDS[:1]) == ENTRIES[:1]
-    assert tier.remove(IDS[:1]) == Removed(1)
+    assert tier.remove(IDS[:1]) == RemovalResult(1)
     assert tier.query(IDS[:1]) == 0
 
 
@@ -126,7 +126,7 @@ def test_a_removed_block_is_not_stored_again_by_a_process_that_was_about_to(
     clock = Clock()
     first, second = opened(clock=clock), opened()
     first.store(ENTRIES)
-    assert first.remove(IDS[1:3]) == Removed(2)
+    assert first.remove(IDS[1:3]) == RemovalResult(2)
     assert second.query(IDS) == 1
     assert second.load(IDS) == [ENTRIES[0], None, None, *ENTRIES[3:]]
     assert second.store(ENTRIES[:3]).count == 1
@@ -141,7 +141,7 @@ def test_a_removed_block_is_not_stored_again_by_a_process_that_was_about_to(
 def test_a_block_whose_bytes_alone_are_at_fault_may_be_stored_again(opened: Callable[..., MooncakeTier]) -> None:
     tier = opened()
     tier.store(ENTRIES[:1])
-    assert tier.remove(IDS[:1], remember=False) == Removed(1)
+    assert tier.remove(IDS[:1], remember=False) == RemovalResult(1)
     assert tier.query(IDS[:1]) == 0
     assert tier.store(ENTRIES[:1]).count == 1
 
@@ -151,7 +151,7 @@ def test_clear_takes_what_all_processes_have_stored_of_this_model(opened: Callab
     first, second, other = opened(clock=clock), opened(), opened(OTHER)
     second.store(ENTRIES[:3])
     other.store(entries(BLOCKS[:1], namespace=OTHER))
-    assert first.clear() == Removed(3)
+    assert first.clear() == RemovalResult(3)
     assert (second.query(IDS), other.query(IDS)) == (0, 1)
     assert second.store(ENTRIES[:3]).count == 0
     clock.now += MARKED_SECONDS
@@ -163,7 +163,7 @@ def test_markers_of_a_process_that_has_ended_are_taken_away_by_another(opened: C
     clock = Clock()
     first, second = opened(), opened(clock=clock)
     second.store(ENTRIES)
-    assert first.clear() == Removed(len(ENTRIES))
+    assert first.clear() == RemovalResult(len(ENTRIES))
     assert second.store(ENTRIES).count == 0
     clock.now += 2 * MARKED_SECONDS
     second.refresh()  # in place of the first one, whose clock stands still
@@ -175,7 +175,7 @@ def test_many_blocks_are_removed_and_their_markers_taken_away(opened: Callable[.
     tier = opened(clock=clock)
     many = [TierEntry(number.to_bytes(32, "big"), "", b"x") for number in range(1100)]
     assert tier.store(many).count == len(many)
-    assert tier.remove([entry.block_hash for entry in many]) == Removed(len(many))
+    assert tier.remove([entry.block_hash for entry in many]) == RemovalResult(len(many))
     clock.now += MARKED_SECONDS
     tier.refresh()
     assert tier.store(many).count == len(many)
@@ -203,7 +203,7 @@ def test_a_frozen_master_costs_its_deadline_once_and_is_used_again(
         assert tier.load(IDS) == [None] * len(IDS)
         assert tier.store(ENTRIES).count == 0
         assert tier.stats().skipped == {"server not available": len(IDS)}
-        assert tier.remove(IDS[:1]) == Removed(0, 1, NOT_REACHED)
+        assert tier.remove(IDS[:1]) == RemovalResult(0, 1, NOT_REACHED)
     finally:
         master.send(signal.SIGCONT)
     comes_back(tier, clock)

@@ -13,7 +13,7 @@ from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Eve
 from emberkv.core.hashing import partial_hash, partial_hashes, partial_siblings_hash
 from emberkv.core.loading import BlockRun, StoredPartial
 from emberkv.errors import ForeignBlockError
-from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.codec import encode_record, verified_record
 from emberkv.tiers.disk.files import BlockFiles, parse_path, scan, verify
 from emberkv.tiers.manager import OffloadedBlock, TierManager
@@ -43,7 +43,7 @@ keeping = pytest.mark.parametrize(
 def ready(tier: Tier) -> Tier:
     """Empty; in shared memory with slots of a full block's size."""
     assert tier.store(ENTRIES[:1]).count == 1
-    assert tier.remove(IDS[:1]) == Removed(1)
+    assert tier.remove(IDS[:1]) == RemovalResult(1)
     return tier
 
 
@@ -176,9 +176,9 @@ def test_it_is_removed_by_what_names_it(
 ) -> None:
     tier = make_tier()
     tier.store([*ENTRIES[:2], *map(entry_of, (SHORT, LONG, PRIVATE))])
-    assert tier.remove(named) == Removed(full)
+    assert tier.remove(named) == RemovalResult(full)
     assert [each for each in (SHORT, LONG, PRIVATE) if tier.lookup([hash_of(each)])] == left
-    assert tier.clear() == Removed(2 - full)
+    assert tier.clear() == RemovalResult(2 - full)
     assert (tier.stats().entries, tier.stats().bytes) == (0, 0)
     assert tier.partial_counts(IDS[0]) == []
 
@@ -187,7 +187,7 @@ def test_it_is_removed_by_what_names_it(
 def test_it_stays_where_only_the_bytes_of_the_block_before_it_are_at_fault(make_tier: MakeTier) -> None:
     tier = make_tier()
     tier.store([*ENTRIES[:1], entry_of(LONG)])
-    assert tier.remove(IDS[:1], remember=False) == Removed(1)
+    assert tier.remove(IDS[:1], remember=False) == RemovalResult(1)
     assert tier.partial_counts(IDS[0]) == [3]
 
 
@@ -198,7 +198,7 @@ def test_processes_share_one_in_memory_and_a_removal_refuses_older_stores(tmp_pa
         second.refresh()
         assert second.load([hash_of(PRIVATE)]) == [entry_of(PRIVATE)]
         seen = first.removals_seen
-        assert second.remove([named]) == Removed(named == IDS[0])
+        assert second.remove([named]) == RemovalResult(named == IDS[0])
         first.refresh()
         assert first.partial_counts(place(PRIVATE).parent) == []
         assert first.store([entry_of(PRIVATE)], seen=seen).count == 0
@@ -213,7 +213,7 @@ def test_one_whose_removal_waits_for_the_lock_is_not_found_meanwhile(tmp_path: P
     second.refresh()
     with arena_of(first).writing(1) as held:
         assert held
-        assert second.remove(IDS[:1]) == Removed(0, 1, LOCKED)
+        assert second.remove(IDS[:1]) == RemovalResult(0, 1, LOCKED)
         assert (second.lookup([hash_of(PRIVATE)]), second.load([hash_of(PRIVATE)])) == (0, [None])
         assert second.lookup(IDS[1:2]) == 1
     second.refresh()
@@ -266,7 +266,7 @@ def test_the_next_process_finds_it_and_a_removal_outlasts_the_process(tmp_path: 
     second = opened(tmp_path)
     assert second.load([hash_of(SHORT)]) == [entry_of(SHORT)]
     assert second.partial_counts(place(PRIVATE).parent) == [3]
-    assert second.remove(IDS[:1]) == Removed(1)
+    assert second.remove(IDS[:1]) == RemovalResult(1)
     second.close()
     third = opened(tmp_path)
     assert (third.stats().entries, third.partial_counts(IDS[0])) == (0, [])
@@ -280,7 +280,7 @@ def test_a_reader_follows_what_is_stored_and_removed_and_removes_itself(tmp_path
     assert (reader.partial_counts(IDS[0]), reader.load([hash_of(SHORT)])) == ([2], [entry_of(SHORT)])
     writer.remove([partial_siblings_hash(IDS[0])])
     writer.store([entry_of(LONG)])
-    assert reader.remove(IDS[:1]) == Removed(0, 2, "another process writes here")
+    assert reader.remove(IDS[:1]) == RemovalResult(0, 2, "another process writes here")
     assert [reader.lookup([hash_of(each)]) for each in (SHORT, LONG, PRIVATE)] == [0, 0, 0]
     assert [writer.lookup([hash_of(each)]) for each in (SHORT, LONG, PRIVATE)] == [0, 1, 1]
     writer.close()
@@ -295,7 +295,7 @@ def test_another_model_s_are_not_found_and_not_removed(tmp_path: Path) -> None:
     other.close()
     tier = opened(tmp_path)
     assert (tier.stats().entries, tier.partial_counts(IDS[0])) == (1, [])
-    assert tier.remove(IDS[:1]) == Removed()
+    assert tier.remove(IDS[:1]) == RemovalResult()
     tier.close()
     assert len(files_of(tmp_path)) == 1
 
@@ -336,7 +336,7 @@ class _Remote(RemoteTier):
         super().__init__()
         self.stored: list[bytes] = []
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         self.stored += [each.block_hash for each in entries]
         return super().store(entries, seen=seen)
 

@@ -274,7 +274,7 @@ def test_a_tier_that_fails_or_is_stuck_counts_as_a_miss(broken: bool) -> None:
         with world.worker.lock:
             assert world.worker.begin_query() is world.query
         world.give_up()
-        assert world.manager.stats()["remote"].troubles == {"stalled": 1}
+        assert world.manager.stats()["remote"].errors == {"stalled": 1}
     assert world.manager.stats()["remote"].lookup_latency.count == int(broken)
     status = PENDING if broken else MISS  # to have failed says nothing of any block
     assert (world.delivered, world.found(), world.manager.status(IDS[1])) == (1, [("ram", 1)], status)

@@ -46,7 +46,7 @@ def test_the_shelf_reads_what_it_stored_and_leaves_nothing(tmp_path: Path) -> No
         assert len(shelf.loads(70, cold=True)) == 70
         assert len(shelf.fetches("ram", 3)) == len(shelf.fetches("disk", 3)) == 3
         assert shelf.disk.stats().entries == disk_reads.VALUES
-        assert not shelf.disk.stats().troubles
+        assert not shelf.disk.stats().errors
     assert list(tmp_path.iterdir()) == []
 
 

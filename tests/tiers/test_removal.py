@@ -15,7 +15,7 @@ from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import Onboarding, Piece
-from emberkv.tiers.worker import Reading, TierWorker
+from emberkv.tiers.worker import ReadResult, TierWorker
 from tests.tiers.build import NAMESPACE, block_hashes, checkpoint, entry_of, records
 from tests.tiers.tiers import LARGE
 
@@ -57,7 +57,7 @@ class World:
     )
     removed: bool = False
     received: list[tuple[bool, list[BlockRecord | None]]] = field(default_factory=list)
-    read: tuple[TierWorker, Onboarding, Piece, Reading] | None = None
+    read: tuple[TierWorker, Onboarding, Piece, ReadResult] | None = None
 
     def __post_init__(self) -> None:
         self.manager = TierManager(self.tiers, namespace=NAMESPACE, queue_bytes=LARGE, start=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import CacheFolderError
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 from emberkv.tiers.disk.files import BlockFile, BlockFiles
 from emberkv.tiers.disk.index import JournalWriter
 from tests.tiers.build import OTHER, block_hashes, entries, records
@@ -49,7 +49,7 @@ def test_a_reader_follows_the_writer_without_listing_the_folder(tmp_path: Path) 
         reader.refresh()
     assert [reader.lookup([each]) for each in IDS] == [1, 1, 0, 1, 0, 0]
     assert files.scans == 1
-    assert reader.stats().troubles == {}
+    assert reader.stats().errors == {}
 
 
 def test_a_reader_takes_over_when_the_writer_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,8 +69,8 @@ def test_a_reader_takes_over_when_the_writer_ends(tmp_path: Path, caplog: pytest
 def test_what_a_reader_removes_is_not_served_by_it_and_goes_when_it_writes(tmp_path: Path) -> None:
     writer, reader = opened(tmp_path), opened(tmp_path)
     writer.store(ENTRIES[:4])
-    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
-    assert reader.clear() == Removed(0, 4, "another process writes here")
+    assert reader.remove(IDS[:1]) == RemovalResult(0, 1, "another process writes here")
+    assert reader.clear() == RemovalResult(0, 4, "another process writes here")
     reader.refresh()
     assert (reader.lookup(IDS), writer.lookup(IDS), len(files_of(tmp_path))) == (0, 4, 4)
     writer.store(ENTRIES[4:5])  # stored after the removal
@@ -130,7 +130,7 @@ def test_a_removal_outlasts_what_the_journal_said_before_it(tmp_path: Path) -> N
     first.close()
     writer = opened(tmp_path)
     writer.store(ENTRIES[:2])
-    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    assert reader.remove(IDS[:1]) == RemovalResult(0, 1, "another process writes here")
     for _ in range(2):
         reader.refresh()
     assert [reader.lookup([each]) for each in IDS[:2]] == [0, 1]
@@ -143,11 +143,11 @@ def test_a_reader_removes_though_it_cannot_read_the_folder(tmp_path: Path) -> No
     reader.refresh()
     JournalWriter(tmp_path / "blocks").begin()
     files.unreadable = True
-    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    assert reader.remove(IDS[:1]) == RemovalResult(0, 1, "another process writes here")
     files.unreadable = False
     reader.refresh()
     assert [reader.lookup([each]) for each in IDS[:2]] == [0, 1]
-    assert reader.stats().troubles == {"folder not read": 1}
+    assert reader.stats().errors == {"folder not read": 1}
 
 
 def test_a_reader_follows_a_folder_that_was_moved_and_made_anew_between_two_looks(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_reader_follows_a_folder_that_was_moved_and_made_anew_between_two_look
 
 
 def test_a_folder_that_cannot_be_read_is_not_written_and_has_no_lock(tmp_path: Path) -> None:
-    """Who writes without knowing what there is would exceed the quota for good."""
+    """A process that writes without knowing what there is would exceed the quota for good."""
     first, files = opened(tmp_path), CountingFiles(tmp_path)
     reader = opened(tmp_path, files=files)
     first.store(ENTRIES[:2])
@@ -254,4 +254,4 @@ def test_what_is_no_file_in_a_block_s_place_is_passed_over_at_once(tmp_path: Pat
     path.unlink()
     make(path)
     assert tier.load(IDS[:2]) == [None, ENTRIES[1]]
-    assert tier.stats().troubles == {"unreadable": 1}
+    assert tier.stats().errors == {"unreadable": 1}

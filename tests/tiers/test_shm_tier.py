@@ -15,7 +15,7 @@ import pytest
 
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.shm.arena import Arena
 from emberkv.tiers.shm.tier import LOCKED, ShmTier
@@ -66,7 +66,7 @@ def test_what_another_process_stores_is_found_and_read(tmp_path: Path) -> None:
     with child(tmp_path, "tier.store(ENTRIES)"):
         eventually(lambda: tier.lookup(IDS) == 6)  # the manager's thread takes in the changes
         assert tier.load(IDS) == ENTRIES
-        assert tier.remove(IDS[:1]) == Removed(1)
+        assert tier.remove(IDS[:1]) == RemovalResult(1)
     assert manager.close(DEADLINE)
 
 
@@ -106,7 +106,7 @@ def test_a_stopped_process_that_has_the_lock_holds_up_no_removal(tmp_path: Path)
     holding = "context = arena_of(tier).writing(1)\nassert context.__enter__()"
     with child(tmp_path, holding) as process:
         process.send_signal(signal.SIGSTOP)
-        assert tier.remove(IDS[:1]) == Removed(0, 1, LOCKED)
+        assert tier.remove(IDS[:1]) == RemovalResult(0, 1, LOCKED)
         assert (tier.lookup(IDS[:1]), tier.load(IDS[:2])) == (0, [None, ENTRIES[1]])
     tier.refresh()
     assert tier.stats().entries == 1
@@ -135,7 +135,7 @@ def test_processes_killed_at_random_moments_leave_only_sound_blocks(tmp_path: Pa
         assert stack.stats()["shm"].entries > 0
         assert all(served_right(stack, number) for number in range(len(CHAINS)))
         stats = stack.stats()["shm"]
-        assert (stats.corrupt, stats.troubles, stats.bytes <= QUOTA) == ({}, {}, True)
+        assert (stats.corrupt, stats.errors, stats.bytes <= QUOTA) == ({}, {}, True)
         arena_of_stack = stack.workers[1].tier
         assert isinstance(arena_of_stack, ShmTier)
         os.rename(arena_of_stack._path, tmp_path / "kept")  # so that closing it does not end it

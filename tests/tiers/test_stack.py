@@ -9,9 +9,9 @@ import pytest
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.loading import BlockRun
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.jobs import Check, QueuedBlock, Store
+from emberkv.tiers.jobs import CheckJob, QueuedBlock, StoreJob
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, fetched, inexact, records
@@ -177,7 +177,10 @@ def test_remove_takes_what_was_offered_before(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
     stack.offload([OffloadedBlock(each) for each in BLOCKS])
     removed = stack.remove(IDS[5:])
-    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {"fast": Removed(15), "slow": Removed(15)}
+    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {
+        "fast": RemovalResult(15),
+        "slow": RemovalResult(15),
+    }
     assert found(stack, BLOCKS) == [("fast", 5)]
 
 
@@ -185,7 +188,10 @@ def test_clear_takes_all(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
     stack.offload([OffloadedBlock(each) for each in BLOCKS])
     cleared = stack.clear()
-    assert {name: each.result(DEADLINE) for name, each in cleared.items()} == {"fast": Removed(20), "slow": Removed(20)}
+    assert {name: each.result(DEADLINE) for name, each in cleared.items()} == {
+        "fast": RemovalResult(20),
+        "slow": RemovalResult(20),
+    }
     assert found(stack, BLOCKS) == []
 
 
@@ -222,7 +228,7 @@ def test_blocks_that_are_stored_together_are_one_event(make: Make) -> None:
     stack = make(ram("ram"))
     events: list[Event] = []
     stack.on_event = events.append
-    stack.workers[0].run(Store([QueuedBlock(block, "") for block in (*BLOCKS[:3], BLOCKS[5])], 0, 0))
+    stack.workers[0].run(StoreJob([QueuedBlock(block, "") for block in (*BLOCKS[:3], BLOCKS[5])], 0, 0))
     assert events == [
         BlockStored(tuple(IDS[:3]), BLOCKS[0].parent, (), BLOCK_SIZE, "ram"),
         BlockStored((IDS[5],), BLOCKS[5].parent, (), BLOCK_SIZE, "ram"),
@@ -261,7 +267,7 @@ def test_of_a_tier_that_answers_later_only_damaged_blocks_are_reported_as_remove
     stack = make(tier)
     events: list[Event] = []
     stack.on_event = events.append
-    stack.workers[0].run(Check(IDS[:4]))
+    stack.workers[0].run(CheckJob(IDS[:4]))
     assert events == [BlockRemoved((IDS[1],), evicted=False, tier="later")]
     assert tier.query(IDS[:1]) == 1
 
@@ -270,13 +276,13 @@ def test_what_a_tier_that_answers_later_has_stored_of_a_batch_is_reported(make: 
     class Refusing(LaterTier):
         """Takes no more than two blocks of a batch."""
 
-        def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+        def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
             return super().store(entries[:2], seen=seen)
 
     stack = make(Refusing(LARGE, name="later"))
     events: list[Event] = []
     stack.on_event = events.append
-    stack.workers[0].run(Store([QueuedBlock(block, "") for block in BLOCKS[:3]], 0, 0))
+    stack.workers[0].run(StoreJob([QueuedBlock(block, "") for block in BLOCKS[:3]], 0, 0))
     assert events == [BlockStored(tuple(IDS[:2]), BLOCKS[0].parent, (), BLOCK_SIZE, "later")]
 
 

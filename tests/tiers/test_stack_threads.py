@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from emberkv.core.loading import BlockRun
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
@@ -137,7 +137,10 @@ def test_what_was_read_before_a_removal_is_not_stored_again_after_it() -> None:
     _, outcome = start(stack, BLOCKS[:2])
     assert slow.began.wait(DEADLINE)
     removed = stack.remove(IDS[:2])
-    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {"ram": Removed(), "gated": Removed(2)}
+    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {
+        "ram": RemovalResult(),
+        "gated": RemovalResult(2),
+    }
     slow.gate.set()
     outcome.result(DEADLINE)
     assert stack.flush(DEADLINE)
@@ -226,7 +229,7 @@ def test_after_close_nothing_is_stored_and_a_fetch_is_told_at_once(tier: GatedTi
     stack.offload([OffloadedBlock(each) for each in OTHERS])
     stack.touch(IDS)
     for removal in (stack.remove(IDS), stack.clear()):
-        assert removal["gated"].result(0) == Removed(reason="closed")
+        assert removal["gated"].result(0) == RemovalResult(reason="closed")
     assert stack.flush(DEADLINE)
     assert stack.stack_stats().queue_full == len(OTHERS)
     _, outcome = start(stack, BLOCKS)
@@ -240,7 +243,7 @@ def test_a_removal_cannot_be_cancelled_by_its_caller(tier: GatedTier, stack: Tie
     answer = stack.remove(IDS[:1])[tier.name]
     assert not answer.cancel()
     tier.gate.set()
-    assert answer.result(DEADLINE) == Removed(1)
+    assert answer.result(DEADLINE) == RemovalResult(1)
     assert stack.flush(DEADLINE)
 
 

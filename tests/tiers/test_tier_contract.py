@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from emberkv.core.policies.eviction import FIFO
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from tests.tiers.build import entries, inexact
 from tests.tiers.contract import BLOCKS, ENTRIES, IDS, MakeTier, has, put
 from tests.waiting import DEADLINE
@@ -29,7 +29,7 @@ def test_empty_batches(make_tier: MakeTier) -> None:
     tier = make_tier()
     assert tier.load([]) == []
     assert tier.store([]).count == 0
-    assert tier.remove([]) == Removed()
+    assert tier.remove([]) == RemovalResult()
     tier.touch([])
 
 
@@ -137,7 +137,7 @@ def test_the_order_is_the_policy_s(make_tier: MakeTier) -> None:
 def test_remove_tells_how_many_were_there(make_tier: MakeTier) -> None:
     tier = make_tier()
     put(tier, 0, 1, 2)
-    assert tier.remove([IDS[0], IDS[2], IDS[9]]) == Removed(2)
+    assert tier.remove([IDS[0], IDS[2], IDS[9]]) == RemovalResult(2)
     assert has(tier) == [1]
     assert tier.load(IDS[:2]) == [None, ENTRIES[1]]
     assert tier.stats().evictions == 0
@@ -147,7 +147,7 @@ def test_what_was_removed_can_be_stored_again(make_tier: MakeTier) -> None:
     tier = make_tier(3)
     for _ in range(3):
         put(tier, 0)
-        assert tier.remove(IDS[:1]) == Removed(1)
+        assert tier.remove(IDS[:1]) == RemovalResult(1)
     put(tier, 0, 1, 2)
     assert tier.load(IDS[:3]) == ENTRIES[:3]
 
@@ -155,7 +155,7 @@ def test_what_was_removed_can_be_stored_again(make_tier: MakeTier) -> None:
 def test_clear_drops_all(make_tier: MakeTier) -> None:
     tier = make_tier()
     put(tier, 0, 1, 2)
-    assert tier.clear() == Removed(3)
+    assert tier.clear() == RemovalResult(3)
     assert has(tier) == []
     assert (tier.stats().entries, tier.stats().bytes, tier.stats().bytes_by_owner) == (0, 0, {})
     put(tier, 1)

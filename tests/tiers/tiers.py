@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from emberkv.core.loading import LookupStatus
-from emberkv.tiers.base import Stored, TierEntry
+from emberkv.tiers.base import StoreResult, TierEntry
 from emberkv.tiers.memory import MemoryTier
 from tests.tiers.harness import Clock
 from tests.waiting import DEADLINE
@@ -32,7 +32,7 @@ class GatedTier(MemoryTier):
         self._pass()
         return found
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         self._pass()
         return super().store(entries, seen=seen)
 
@@ -55,7 +55,7 @@ class BrokenTier(MemoryTier):
         self._check("load")
         return super().load(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         self._check("store")
         return super().store(entries, seen=seen)
 
@@ -76,7 +76,7 @@ class SlowTier(MemoryTier):
         self._clock.now += self._seconds(len(block_hashes))
         return super().load(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         self._clock.now += self._seconds(len(entries))
         return super().store(entries, seen=seen)
 

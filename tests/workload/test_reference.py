@@ -46,14 +46,14 @@ def test_every_key_has_its_row(heading: str, model: type[BaseModel]) -> None:
     ],
 )
 def test_every_kind_has_its_row_with_its_keys(heading: str, kinds: tuple[type[BaseModel], ...]) -> None:
-    told = {names(row[0])[0]: set(names(row[1])) for row in rows("workloads.md", heading)}
+    documented = {names(row[0])[0]: set(names(row[1])) for row in rows("workloads.md", heading)}
     known = {get_args(kind.model_fields["kind"].annotation)[0]: set(kind.model_fields) - {"kind"} for kind in kinds}
-    assert told == known
+    assert documented == known
 
 
 def test_every_key_of_a_set_up_is_explained() -> None:
     """An option stands for its key."""
-    told = {name.removeprefix("--").removeprefix("no-").replace("-", "_")
+    documented = {name.removeprefix("--").removeprefix("no-").replace("-", "_")
             for row in rows("simulation.md", "### Options and keys") for name in names(row[0])}  # fmt: skip
     internal = {"together"}
-    assert set(SimulationConfig.model_fields) - told == internal
+    assert set(SimulationConfig.model_fields) - documented == internal

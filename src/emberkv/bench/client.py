@@ -61,7 +61,7 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
-class Chunk(BaseModel):
+class StreamChunk(BaseModel):
     """One event of a stream. error: what servers send when they fail after the headers.
 
     >>> chunk = parse_chunk('{"choices": [{"delta": {"content": "Hi"}}]}')
@@ -89,10 +89,10 @@ class Chunk(BaseModel):
         return next((c.finish_reason for c in self.choices if c.finish_reason), None)
 
 
-def parse_chunk(data: str) -> Chunk:
+def parse_chunk(data: str) -> StreamChunk:
     """Raises AnswerError when ``data`` is no JSON object of the expected shape, or carries an error."""
     try:
-        chunk = Chunk.model_validate_json(data)
+        chunk = StreamChunk.model_validate_json(data)
     except ValidationError as error:
         raise AnswerError(f"the stream holds {data[:200]!r}; an OpenAI chunk was expected") from error
     if chunk.error is not None:
@@ -100,7 +100,7 @@ def parse_chunk(data: str) -> Chunk:
     return chunk
 
 
-async def chunks(response: httpx.Response) -> AsyncIterator[Chunk]:
+async def chunks(response: httpx.Response) -> AsyncIterator[StreamChunk]:
     """The events of a server-sent-event stream, up to its end mark.
 
     Raises AnswerError on a malformed event, and when the stream ends without the mark.
@@ -168,13 +168,13 @@ def flatten(messages: Sequence[Message]) -> str:
 
 
 @dataclass(slots=True)
-class Answer:
+class TimedAnswer:
     """What came back, and when: times in seconds of the clock given.
 
     piece_times: arrival of each piece of visible text. A server may put several tokens in one piece.
     finished: arrival of the finish reason, None if the server gave none.
 
-    >>> answer = Answer(sent=1.0, piece_times=[1.25, 1.5, 2.0])
+    >>> answer = TimedAnswer(sent=1.0, piece_times=[1.25, 1.5, 2.0])
     >>> answer.ttft, answer.gaps, answer.output_tokens
     (0.25, [0.25, 0.5], 3)
     """
@@ -216,12 +216,12 @@ async def ask(
     max_tokens: int,
     clock: Clock,
     on_text: Callable[[], None] | None = None,
-) -> Answer:
+) -> TimedAnswer:
     """One request, timed. Whatever goes wrong with it is in the answer's ``error``, beside what came before.
 
     on_text: called once, when the first visible text arrives.
     """
-    answer = Answer(sent=clock())
+    answer = TimedAnswer(sent=clock())
     try:
         request = client.stream("POST", target.path, json=target.body(messages, max_tokens))
         async with request as response:
@@ -235,7 +235,9 @@ async def ask(
     return answer
 
 
-async def _read(response: httpx.Response, answer: Answer, clock: Clock, on_text: Callable[[], None] | None) -> None:
+async def _read(
+    response: httpx.Response, answer: TimedAnswer, clock: Clock, on_text: Callable[[], None] | None
+) -> None:
     async for chunk in chunks(response):
         now = clock()
         if chunk.visible:

@@ -9,7 +9,7 @@ from enum import Enum
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from emberkv.bench.client import Answer, Clock, Message, Target, ask
+from emberkv.bench.client import Clock, Message, Target, TimedAnswer, ask
 from emberkv.errors import ConfigError
 
 _LIST = """
@@ -71,7 +71,7 @@ def text(rng: random.Random, words: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class BenchWorkload:
     """Conversations of ``turns`` questions each, all over one system prompt, ``concurrency`` of them at a time.
 
     The texts are made from a seed: plain English of a known length that never repeats. system_tokens, user_tokens:
@@ -80,7 +80,7 @@ class Workload:
 
     Raises ConfigError naming the field when a value is out of range.
 
-    >>> workload = Workload(sessions=4, turns=3, user_tokens=5)
+    >>> workload = BenchWorkload(sessions=4, turns=3, user_tokens=5)
     >>> workload.requests, len(workload.question(session=0, turn=1)["content"].split())
     (12, 5)
     """
@@ -159,7 +159,7 @@ async def tokens_per_word(client: httpx.AsyncClient, target: Target, nonce: str,
     """
     lengths = []
     for words in (SHORT_WORDS, LONG_WORDS):
-        probe = Workload(user_tokens=words, nonce=f"probe {nonce} {words}")
+        probe = BenchWorkload(user_tokens=words, nonce=f"probe {nonce} {words}")
         answer = await ask(client, target, [probe.question(0, 0)], max_tokens=1, clock=clock)
         if answer.error:
             raise ConfigError(f"{client.base_url} does not answer a plain request: {answer.error}")
@@ -190,7 +190,7 @@ class RequestRecord:
     turn: int
     phase: Phase
     messages: tuple[Message, ...]
-    answer: Answer | None
+    answer: TimedAnswer | None
 
     @property
     def error(self) -> str | None:
@@ -204,7 +204,7 @@ class _Conversations:
         self,
         client: httpx.AsyncClient,
         target: Target,
-        workload: Workload,
+        workload: BenchWorkload,
         clock: Clock,
         on_record: Callable[[RequestRecord], None],
     ) -> None:
@@ -235,7 +235,7 @@ class _Conversations:
             return Phase.FOLLOW_UP
         return Phase.FIRST_TURN if self._prompt_is_warm else Phase.COLD
 
-    async def _ask(self, history: list[Message]) -> Answer:
+    async def _ask(self, history: list[Message]) -> TimedAnswer:
         return await ask(
             self._client, self._target, history,
             max_tokens=self._workload.answer_tokens, clock=self._clock, on_text=self._warmed,
@@ -248,7 +248,7 @@ class _Conversations:
 async def run_workload(
     client: httpx.AsyncClient,
     target: Target,
-    workload: Workload,
+    workload: BenchWorkload,
     clock: Clock,
     *,
     on_record: Callable[[RequestRecord], None] = lambda record: None,

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.bench.client import Answer
+from emberkv.bench.client import TimedAnswer
 from emberkv.bench.runner import Phase, RequestRecord
 
 
@@ -108,7 +108,7 @@ def _ttft(records: Sequence[RequestRecord]) -> dict[str, Percentiles | None]:
     return by_phase | {"warm": percentiles(times[Phase.FIRST_TURN] + times[Phase.FOLLOW_UP])}
 
 
-def _tokens(answers: Sequence[Answer]) -> tuple[int | None, int | None]:
+def _tokens(answers: Sequence[TimedAnswer]) -> tuple[int | None, int | None]:
     """Prompt tokens and cached tokens, each None when no answer reports it."""
     usages = [answer.usage for answer in answers if answer.usage]
     prompts = [usage.prompt_tokens for usage in usages if usage.prompt_tokens is not None]

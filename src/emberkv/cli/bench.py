@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emberkv.bench.client import Endpoint, Target
-from emberkv.bench.runner import RequestRecord, Workload, first_model, run_workload, tokens_per_word
+from emberkv.bench.runner import BenchWorkload, RequestRecord, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
 from emberkv.cli.command import error_console
 from emberkv.cli.connection import ServerUrl, connection
@@ -33,8 +33,8 @@ def connect(url: str, key: str | None, timeout: float) -> httpx.AsyncClient:
 
 
 async def _prepare(
-    client: httpx.AsyncClient, target: Target, workload: Workload, console: Console
-) -> tuple[Target, Workload]:
+    client: httpx.AsyncClient, target: Target, workload: BenchWorkload, console: Console
+) -> tuple[Target, BenchWorkload]:
     """Fills in the model's name and the length of a word in its tokens."""
     if not target.model:
         target = replace(target, model=await first_model(client))
@@ -46,8 +46,8 @@ async def _prepare(
 
 
 async def _run(
-    client: httpx.AsyncClient, target: Target, workload: Workload, console: Console
-) -> tuple[Target, Workload, list[RequestRecord]]:
+    client: httpx.AsyncClient, target: Target, workload: BenchWorkload, console: Console
+) -> tuple[Target, BenchWorkload, list[RequestRecord]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with client:
         target, workload = await _prepare(client, target, workload, console)
@@ -60,7 +60,7 @@ async def _run(
 
 
 def _result(
-    url: str, target: Target, workload: Workload, records: list[RequestRecord], summary: Summary
+    url: str, target: Target, workload: BenchWorkload, records: list[RequestRecord], summary: Summary
 ) -> dict[str, Any]:
     how = {"url": url, "model": target.model, "endpoint": target.endpoint.value, "extensions": target.extensions}
     return {"target": how, "workload": asdict(workload), **as_json(records, summary)}
@@ -90,7 +90,7 @@ def bench(
 
     Exits with 1 when a request failed, and with 2 when the server cannot be used.
     """
-    workload = Workload(
+    workload = BenchWorkload(
         sessions=sessions, turns=turns, concurrency=concurrency, system_tokens=system_tokens,
         user_tokens=user_tokens, answer_tokens=answer_tokens, seed=seed, nonce=nonce or secrets.token_hex(8),
     )  # fmt: skip

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from emberkv.bench.client import Answer, Clock, Message, Target, ask
-from emberkv.bench.runner import Workload
+from emberkv.bench.client import Clock, Message, Target, TimedAnswer, ask
+from emberkv.bench.runner import BenchWorkload
 from emberkv.cli.command import check_outputs
 from emberkv.config import ServeConfig
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
@@ -38,7 +38,7 @@ from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, 
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, MeasuredWith, TierRates, dump_profile
 from emberkv.sim.model_spec import DEMO_NAME, ModelSpec, spec_from_config
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Chunk, Work
+from emberkv.sim.timing import ChunkWork, StepWork
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 
@@ -133,7 +133,7 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_counter) -> list[tuple[Work, float]]:
+async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_counter) -> list[tuple[StepWork, float]]:
     """Decode steps by streams and context, each with the mean of its seconds over `ROUNDS`.
 
     One round more comes first and does not count: a server takes longer for the first steps of each shape.
@@ -164,7 +164,7 @@ async def request_times(
     """
     found = []
     for words in SYSTEM_WORDS:
-        script = Workload(system_tokens=words, user_tokens=40, nonce=f"calibrate requests {words}")
+        script = BenchWorkload(system_tokens=words, user_tokens=40, nonce=f"calibrate requests {words}")
         await _ask(client, [*script.opening(), script.question(0, 0)], 1, clock)  # the beginning is cached from here on
         for number in range(1, 4 * ROUNDS):
             messages = [*script.opening(), script.question(number, 0)]
@@ -175,28 +175,30 @@ async def request_times(
     return found
 
 
-async def _decode(client: httpx.AsyncClient, streams: int, words: int, nonce: str, clock: Clock) -> tuple[Work, float]:
-    script = Workload(sessions=streams, user_tokens=words, nonce=f"calibrate {nonce}")
+async def _decode(
+    client: httpx.AsyncClient, streams: int, words: int, nonce: str, clock: Clock
+) -> tuple[StepWork, float]:
+    script = BenchWorkload(sessions=streams, user_tokens=words, nonce=f"calibrate {nonce}")
     await _together(client, script, streams, 1, clock)  # cached then, so that the streams begin together
     answers = await _together(client, script, streams, STREAM_TOKENS, clock)
     context = sum((each.usage.prompt_tokens or 0) + STREAM_TOKENS // 2 for each in answers if each.usage is not None)
     each_token = [(each.piece_times[-1] - each.piece_times[0]) / (STREAM_TOKENS - 1) for each in answers]
-    return Work(streams, context), statistics.fmean(each_token)
+    return StepWork(streams, context), statistics.fmean(each_token)
 
 
 async def _together(
-    client: httpx.AsyncClient, script: Workload, streams: int, tokens: int, clock: Clock
-) -> Sequence[Answer]:
+    client: httpx.AsyncClient, script: BenchWorkload, streams: int, tokens: int, clock: Clock
+) -> Sequence[TimedAnswer]:
     return await asyncio.gather(
         *(_ask(client, [script.question(stream, 0)], tokens, clock) for stream in range(streams))
     )
 
 
-async def _ask(client: httpx.AsyncClient, messages: Sequence[Message], tokens: int, clock: Clock) -> Answer:
+async def _ask(client: httpx.AsyncClient, messages: Sequence[Message], tokens: int, clock: Clock) -> TimedAnswer:
     return _sound(await ask(client, Target(NAME), messages, max_tokens=tokens, clock=clock))
 
 
-def _sound(answer: Answer) -> Answer:
+def _sound(answer: TimedAnswer) -> TimedAnswer:
     if answer.error or answer.usage is None or not answer.piece_times:
         raise EmberError(f"a request to measure by failed: {answer.error or 'it came without text or usage'}")
     return answer
@@ -207,7 +209,7 @@ async def _idle(
 ) -> tuple[int, float]:
     answer = await _ask(client, messages, 1, clock)
     chunk = _chunk(answer)
-    return chunk.stop, (answer.ttft or 0.0) - roofline.terms_of(Work(0, 0, (chunk,))).total
+    return chunk.stop, (answer.ttft or 0.0) - roofline.terms_of(StepWork(0, 0, (chunk,))).total
 
 
 async def _busy(
@@ -221,14 +223,14 @@ async def _busy(
     answer = await _ask(client, messages, 1, clock)
     chunk, beside = _chunk(answer), _chunk(_sound(await streaming))
     context = beside.stop + BESIDE_TOKENS // 2
-    step = roofline.terms_of(Work(1, context, (chunk,))).total
+    step = roofline.terms_of(StepWork(1, context, (chunk,))).total
     waited = roofline.decode_seconds(1, context) / 2  # for the step under way, on average
     return chunk.stop, (answer.ttft or 0.0) - step - waited
 
 
-def _chunk(answer: Answer) -> Chunk:
+def _chunk(answer: TimedAnswer) -> ChunkWork:
     assert answer.usage is not None
-    return Chunk(answer.usage.cached_tokens or 0, answer.usage.prompt_tokens or 0, True)
+    return ChunkWork(answer.usage.cached_tokens or 0, answer.usage.prompt_tokens or 0, True)
 
 
 TIER_BYTES = 1024 * 2**20
@@ -331,9 +333,9 @@ def measured_spec(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
     return spec.with_dtypes(weights=weights, kv=kv, on_load=config.quantize != "none")
 
 
-def _prefills(bench: "EngineBench", status: Status) -> list[tuple[Work, float]]:
+def _prefills(bench: "EngineBench", status: Status) -> list[tuple[StepWork, float]]:
     measured = bench.prefills(ROUNDS, status.update)
-    return [(Work(0, 0, (Chunk(start, stop, True),)), seconds) for (start, stop), seconds in measured.items()]
+    return [(StepWork(0, 0, (ChunkWork(start, stop, True),)), seconds) for (start, stop), seconds in measured.items()]
 
 
 def _tier_rates(bench: "EngineBench", folder: Path) -> dict[str, TierRates]:

@@ -370,7 +370,7 @@ def serve_failure(application: Any) -> str:
 
 def gateway_stages(gateway: httpx.Client) -> tuple[dict[str, str], bool]:
     """What the gateway knows of each worker, by its id, and whether it takes requests. Nothing of workers where it does
-    not answer yet, or tells its operator alone; what something else answers at its address counts as no answer.
+    not answer yet, or answers its operator alone. What another program answers at its address counts as no answer.
     """
     try:
         is_ready = gateway.get("/ready").status_code == httpx.codes.OK
@@ -400,7 +400,7 @@ def _connected(state: ClusterState) -> Iterator[Any]:
     import ray  # noqa: PLC0415 - an extra, which reads the environment when it is imported
     from ray import serve  # noqa: PLC0415
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells on stderr of each thing that it is asked for
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it writes each call of it to stderr
     try:
         ray.init(address=state.address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

@@ -97,7 +97,7 @@ class HelpFormatter(Protocol):
     def write(self, string: str) -> None: ...
 
 
-class Command(TyperCommand):
+class EmberCommand(TyperCommand):
     """A command whose errors are one sentence, and whose help is grouped by each option's ``rich_help_panel``."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -218,7 +218,7 @@ class App(typer.Typer):
         super().__init__(cls=cls, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        return super().command(name, cls=Command, **settings)
+        return super().command(name, cls=EmberCommand, **settings)
 
 
 def _sentence(error: TyperException) -> str:

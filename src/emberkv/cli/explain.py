@@ -73,20 +73,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class Lost(_Part):
+class _Lost(_Part):
     tier: str
     how: str
     seconds_ago: float
 
 
-class Miss(_Part):
+class _Miss(_Part):
     reason: str
     start: int
     tokens: int
-    lost: Lost | None = None
+    lost: _Lost | None = None
 
 
-class Divergence(_Part):
+class _Divergence(_Part):
     token: int
     still_cached: bool
     before: str
@@ -94,13 +94,13 @@ class Divergence(_Part):
     found: str
 
 
-class Elsewhere(_Part):
+class _Elsewhere(_Part):
     tokens: int
     tenant: str | None = None
     model: str | None = None
 
 
-class Estimate(_Part):
+class _Estimate(_Part):
     """Seconds; see "Routing" in docs/cluster.md. cached_tokens: by tier, as the gateway knows it."""
 
     waiting: float
@@ -116,26 +116,26 @@ class Candidate(_Part):
     worker: str
     hit_tokens: int | None = None
     error: str | None = None
-    estimate: Estimate | None = None
+    estimate: _Estimate | None = None
     shared_tiers: tuple[str, ...] = ()
 
 
-class Answer(_Part):
+class _Answer(_Part):
     """The server's answer; see ``emberkv.serving.cache.service``. worker, why, workers: of a gateway."""
 
     prompt_tokens: int
     hit_tokens: int
     hit_tokens_by_tier: dict[str, int]
-    misses: list[Miss]
-    divergence: Divergence | None = None
+    misses: list[_Miss]
+    divergence: _Divergence | None = None
     canonical: dict[str, int] = {}
-    elsewhere: list[Elsewhere] = []
+    elsewhere: list[_Elsewhere] = []
     worker: str | None = None
     why: str | None = None
     workers: list[Candidate] = []
 
 
-def view(answer: Answer, columns: int) -> RenderableType:
+def view(answer: _Answer, columns: int) -> RenderableType:
     """Everything that the answer says, to be printed in lines of at most ``columns`` cells."""
     parts: list[RenderableType] = [_headline(answer), _bar(answer), _legend(answer)]
     if answer.divergence is not None:
@@ -150,7 +150,7 @@ def view(answer: Answer, columns: int) -> RenderableType:
     return Group(*parts)
 
 
-def _route(answer: Answer) -> list[RenderableType]:
+def _route(answer: _Answer) -> list[RenderableType]:
     """Which worker of a gateway the prompt goes to, and what was expected of each."""
     why = "" if answer.why is None else f" ({WHY.get(answer.why, answer.why)})"
     parts: list[RenderableType] = [Text(f"Worker {_on_one_line(answer.worker or '')}{why}")]
@@ -181,7 +181,7 @@ def _candidate(each: Candidate) -> list[str]:
     ]
 
 
-def _headline(answer: Answer) -> Text:
+def _headline(answer: _Answer) -> Text:
     tenths_of_percent = answer.hit_tokens * 1000 // max(1, answer.prompt_tokens)  # rounded down: 100% is all of them
     return Text.assemble(
         (f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} prompt tokens reused", "bold"),
@@ -189,7 +189,7 @@ def _headline(answer: Answer) -> Text:
     )
 
 
-def _segments(answer: Answer) -> list[tuple[str, int, str]]:
+def _segments(answer: _Answer) -> list[tuple[str, int, str]]:
     """(what, tokens, style) in the order of the prompt."""
     hits = [
         (tier, tokens, _TIERS[min(index, len(_TIERS) - 1)])
@@ -198,7 +198,7 @@ def _segments(answer: Answer) -> list[tuple[str, int, str]]:
     return hits + [(miss.reason, miss.tokens, _REASONS.get(miss.reason, _OTHER)) for miss in answer.misses]
 
 
-def _bar(answer: Answer) -> Text:
+def _bar(answer: _Answer) -> Text:
     """Hits are full blocks, misses light ones; every segment has at least one cell."""
     bar = Text()
     hits = len(answer.hit_tokens_by_tier)
@@ -208,7 +208,7 @@ def _bar(answer: Answer) -> Text:
     return bar
 
 
-def _legend(answer: Answer) -> Table:
+def _legend(answer: _Answer) -> Table:
     table = Table.grid(padding=(0, 2))
     for _ in range(2):
         table.add_column()
@@ -223,7 +223,7 @@ def _legend(answer: Answer) -> Table:
     return table
 
 
-def _lost(lost: Lost | None) -> str:
+def _lost(lost: _Lost | None) -> str:
     if lost is None:
         return ""
     by = " by the operator" if lost.how in ("removed", "cleared") else ""
@@ -237,7 +237,7 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _difference(divergence: Divergence, columns: int) -> list[Text]:
+def _difference(divergence: _Divergence, columns: int) -> list[Text]:
     """The texts that differ, one under the other, and a caret under the first difference."""
     cells = max(2, columns - LABEL_CELLS)
     most_before = int(cells * BEFORE_SHARE)
@@ -254,7 +254,7 @@ def _difference(divergence: Divergence, columns: int) -> list[Text]:
     return lines
 
 
-def _out_of_reach(elsewhere: Elsewhere) -> Text:
+def _out_of_reach(elsewhere: _Elsewhere) -> Text:
     whose = f"Tenant {elsewhere.tenant}" if elsewhere.model is None else f"For model {elsewhere.model}, the cache"
     return Text(f"{_on_one_line(whose)} has {elsewhere.tokens:,} of these tokens.")
 
@@ -348,7 +348,7 @@ def explain(
     elif suggest:
         print_suggestions(console, _checked(answer, Suggestions).data)
     else:
-        console.print(view(_checked(answer, Answer), console.width))
+        console.print(view(_checked(answer, _Answer), console.width))
 
 
 def ask(client: httpx.Client, question: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from emberkv.errors import ConfigError
 from emberkv.serving.parsing.formats import AUTO
-from emberkv.serving.template_study import Study, Transition, study_template, study_tokenizer, template_renderer
+from emberkv.serving.template_study import TemplateStudy, Transition, study_template, study_tokenizer, template_renderer
 
 
 def explain_template(source: str, *, as_json: bool) -> None:
@@ -59,7 +59,7 @@ def _characters(text: str) -> Sequence[int]:
     return [ord(char) for char in text]
 
 
-def _table(plain: Study, thoughtful: Study) -> Table:
+def _table(plain: TemplateStudy, thoughtful: TemplateStudy) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("", "without thoughts", "with thoughts")
     table.add_row("next step of a tool loop", _cell(plain.worst_step), _cell(thoughtful.worst_step))
@@ -75,7 +75,7 @@ def _cell(transition: Transition | None) -> str:
     return f"{transition.kept:,} of {transition.computed:,}: to {transition.differs_in}"
 
 
-def _remarks(plain: Study, thoughtful: Study) -> list[str]:
+def _remarks(plain: TemplateStudy, thoughtful: TemplateStudy) -> list[str]:
     remarks = []
     if not plain.shows_calls:
         remarks.append("The template leaves out the calls that the model has made.")

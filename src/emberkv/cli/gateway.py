@@ -272,7 +272,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
     gateway = _gateway(lifecycle, config, options, keys, tenants, deadlines, clock, record)
     with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
         if options.foreign:
-            _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
+            _add_foreign(gateway, config, options, deadlines, recorder, forwards_keys=not tenants.by_key)
         bound = [bind_socket(config.host, config.port)]
         settings = serving_settings(config, bound[0], tenants, keys, recorder)
         # the gateway bounds what is in flight, by tenants' weights
@@ -363,16 +363,16 @@ def _add_foreign(
     deadlines: "Deadlines",
     recorder: TraceRecorder | None,
     *,
-    hands_on_keys: bool,
+    forwards_keys: bool,
 ) -> None:
-    """Have the gateway forward requests to foreign workers. hands_on_keys: clients' keys are the workers'."""
+    """Have the gateway forward requests to foreign workers. forwards_keys: clients' keys are the workers'."""
     from emberkv.cluster.foreign.client import ForeignClient  # noqa: PLC0415 - an extra
 
     has_tokens = options.model is not None or bool(options.workers)
-    if not has_tokens and (deaf := next((each for each in options.foreign if each.kv_events), None)):
+    if not has_tokens and (with_events := next((each for each in options.foreign if each.kv_events), None)):
         raise ConfigError(
-            f"--foreign-worker {deaf.url},kv-events=...: events name tokens, so that the model's tokenizer is needed; "
-            "name the model, as in: emberkv gateway MODEL --foreign-worker ..."
+            f"--foreign-worker {with_events.url},kv-events=...: events name tokens, so that the model's tokenizer is "
+            "needed; name the model, as in: emberkv gateway MODEL --foreign-worker ..."
         )
     if any(each.kv_events for each in options.foreign) and find_spec("zmq") is None:
         raise ConfigError(
@@ -386,6 +386,6 @@ def _add_foreign(
     )
 
     def client(spec: ForeignSpec) -> ForeignClient:
-        return ForeignClient(spec.url, key=keys.get(spec), hands_on_keys=hands_on_keys, deadlines=deadlines)
+        return ForeignClient(spec.url, key=keys.get(spec), forwards_keys=forwards_keys, deadlines=deadlines)
 
     gateway.add_foreign(options.foreign, client, reader, recorder)

@@ -81,7 +81,7 @@ Shape = TypeVar("Shape", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ServerTarget:
     """The server and the model that a client is configured for.
 
     url: without ``/v1``. context_length: of the model, in tokens. key: an API key; None if the server needs none.
@@ -112,7 +112,7 @@ class Invocation:
         return "\n".join([*lines, shlex.join([self.program, *self.arguments])])
 
 
-def invocation(client: Client, target: Target, arguments: Sequence[str] = ()) -> Invocation:
+def invocation(client: Client, target: ServerTarget, arguments: Sequence[str] = ()) -> Invocation:
     """The invocation of the client for the target. arguments: the user's own, which come last."""
     own, variables = {
         Client.CLAUDE: _claude,
@@ -123,7 +123,7 @@ def invocation(client: Client, target: Target, arguments: Sequence[str] = ()) ->
     return Invocation(client.value, (*own, *arguments), variables)
 
 
-def _claude(target: Target) -> tuple[list[str], dict[str, str]]:
+def _claude(target: ServerTarget) -> tuple[list[str], dict[str, str]]:
     return [], {
         "ANTHROPIC_BASE_URL": target.url,
         "ANTHROPIC_AUTH_TOKEN": target.key or NO_KEY,
@@ -138,7 +138,7 @@ def _claude(target: Target) -> tuple[list[str], dict[str, str]]:
     }
 
 
-def _codex(target: Target) -> tuple[list[str], dict[str, str]]:
+def _codex(target: ServerTarget) -> tuple[list[str], dict[str, str]]:
     settings: dict[str, str | int] = {
         "model": target.model,
         "model_provider": "emberkv",
@@ -155,7 +155,7 @@ def _codex(target: Target) -> tuple[list[str], dict[str, str]]:
     return [word for setting in given for word in ("-c", setting)], variables
 
 
-def _opencode(target: Target) -> tuple[list[str], dict[str, str]]:
+def _opencode(target: ServerTarget) -> tuple[list[str], dict[str, str]]:
     limit = {"context": target.context_length, "output": target.max_answer_tokens}
     model = f"emberkv/{target.model}"
     config = {
@@ -173,7 +173,7 @@ def _opencode(target: Target) -> tuple[list[str], dict[str, str]]:
     return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
 
 
-def _qwen(target: Target) -> tuple[list[str], dict[str, str]]:
+def _qwen(target: ServerTarget) -> tuple[list[str], dict[str, str]]:
     return ["--auth-type", "openai"], {
         "OPENAI_BASE_URL": f"{target.url}/v1",
         "OPENAI_API_KEY": target.key or NO_KEY,
@@ -232,7 +232,7 @@ def launch(
     os.execve(program, [start.program, *start.arguments], {**os.environ, **start.variables})  # noqa: S606 - on purpose without a shell
 
 
-def find_target(http: httpx.Client, model: str | None, key: str | None, wait: float) -> Target:
+def find_target(http: httpx.Client, model: str | None, key: str | None, wait: float) -> ServerTarget:
     """The target for a model's name, or for the first model that the server lists if ``model`` is None.
 
     wait: seconds to wait for a server that is loading its model.
@@ -243,7 +243,7 @@ def find_target(http: httpx.Client, model: str | None, key: str | None, wait: fl
     card = next((each for each in listed if model in (None, each.id)), None)
     if card is None:  # the server may accept names that it does not list
         card = _ask(http, f"/v1/models/{quote(str(model))}", key, wait, _Card)
-    return Target(str(http.base_url).rstrip("/"), card.id, card.max_model_len, key)
+    return ServerTarget(str(http.base_url).rstrip("/"), card.id, card.max_model_len, key)
 
 
 def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: type[Shape]) -> Shape:

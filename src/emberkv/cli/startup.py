@@ -23,7 +23,7 @@ from emberkv.serving.api.warmup_requests import read_warmup_requests, request_pr
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, chosen_output_format, model_names
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, ServedModel, ServerPhase, chosen_output_format, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
 from emberkv.serving.template_study import agent_warnings, rewrites_turns
@@ -223,13 +223,13 @@ class Startup:
             self._server.stop()
             return
         warmup.first_pass_ended.wait()
-        is_ready = self._lifecycle.phase is Phase.READY
+        is_ready = self._lifecycle.phase is ServerPhase.READY
         ready = f"{time.perf_counter() - began:.1f} s" if is_ready else "more time: see /ready"
         print_summary(self._server.url, name, loaded, engine, self._config, ready)
 
     def _serve(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup, str]":
         """Load the model, start its engine and begin to warm it. Returns these and the model's name."""
-        with made_to_stay():
+        with gc_frozen():
             loaded, engine, warmup = _on_a_thread_that_ends(self._load)
         self._warmup = warmup
         self._engine = engine
@@ -339,7 +339,7 @@ def _weight_bytes(loaded: "ModelOnDevice") -> int:
 
 
 @contextmanager
-def made_to_stay() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """The garbage collector leaves alone what is made within: libraries and model are hundreds of thousands of objects,
     and each search through them stops all threads for a quarter of a second.
     """

@@ -11,7 +11,7 @@ from rich.text import Text
 NOTHING_FOUND = "The server has found no volatile lines in its misses since it started."
 
 
-class Rule(BaseModel):
+class SuggestedRule(BaseModel):
     """A rule of a file of canonical rules."""
 
     name: str
@@ -19,11 +19,11 @@ class Rule(BaseModel):
     action: str
 
 
-class Suggestion(BaseModel):
+class SuggestedLine(BaseModel):
     """See ``emberkv.serving.cache.volatile_lines``."""
 
     tenant: str
-    rule: Rule
+    rule: SuggestedRule
     requests: int
     tokens_a_day: int
 
@@ -31,10 +31,10 @@ class Suggestion(BaseModel):
 class Suggestions(BaseModel):
     """The answer to ``GET /v1/cache/suggestions``."""
 
-    data: list[Suggestion]
+    data: list[SuggestedLine]
 
 
-def print_suggestions(console: Console, found: Sequence[Suggestion]) -> None:
+def print_suggestions(console: Console, found: Sequence[SuggestedLine]) -> None:
     """Print what each line costs, and the rules as the file that --canonical takes."""
     if not found:
         console.print(NOTHING_FOUND)
@@ -45,7 +45,7 @@ def print_suggestions(console: Console, found: Sequence[Suggestion]) -> None:
     console.print(rules_file(found), soft_wrap=True)  # a line that is wrapped would be another pattern
 
 
-def _suggestion_table(found: Sequence[Suggestion]) -> Table:
+def _suggestion_table(found: Sequence[SuggestedLine]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens a day", justify="right")
     table.add_column("requests", justify="right")
@@ -59,9 +59,9 @@ def _suggestion_table(found: Sequence[Suggestion]) -> Table:
     return table
 
 
-def rules_file(found: Sequence[Suggestion]) -> str:
+def rules_file(found: Sequence[SuggestedLine]) -> str:
     """The rules as YAML, each match once, under names that differ."""
-    rules: dict[str, Rule] = {}
+    rules: dict[str, SuggestedRule] = {}
     for each in found:
         rules.setdefault(each.rule.match, each.rule)
     names: dict[str, int] = {}

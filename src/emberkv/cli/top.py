@@ -25,7 +25,7 @@ _COLOURS = {"pool": "green", "ram": "cyan", "disk": "blue", "shared": "magenta",
 
 
 @dataclass(frozen=True)
-class Reading:
+class Scrape:
     """What a server said of itself at one moment. at: seconds of a monotonic clock.
 
     samples: of its metrics, by name: each with its labels. sessions, prefixes: as its routes list them; empty where
@@ -54,9 +54,9 @@ class Reading:
 class Interval:
     """Two readings of one server. Where there is no earlier one, all is since the server's start."""
 
-    now: Reading
-    before: Reading | None = None
-    _none: Reading = field(default=Reading(0.0, {}))
+    now: Scrape
+    before: Scrape | None = None
+    _none: Scrape = field(default=Scrape(0.0, {}))
 
     @property
     def seconds(self) -> float | None:
@@ -106,7 +106,7 @@ def top(
                 before = now
 
 
-def read(client: httpx.Client, at: float) -> Reading:
+def read(client: httpx.Client, at: float) -> Scrape:
     """Ask the server. Raises ServerError where it does not answer, or may not be asked."""
     with reaching(client):
         metrics = client.get("/metrics")
@@ -119,7 +119,7 @@ def read(client: httpx.Client, at: float) -> Reading:
             samples.setdefault(sample.name, []).append((sample.labels, sample.value))
     is_closed = sessions.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
     closed = "sessions and prefixes are for the operator: give --key" if is_closed else ""
-    return Reading(at, samples, _data(sessions), _data(prefixes), closed)
+    return Scrape(at, samples, _data(sessions), _data(prefixes), closed)
 
 
 def _data(response: httpx.Response) -> Sequence[Mapping[str, Any]]:
@@ -188,7 +188,7 @@ def _sources(interval: Interval) -> Table:
     return table
 
 
-def _memory(now: Reading) -> Table:
+def _memory(now: Scrape) -> Table:
     table = _table("memory", "held", "of", "")
     pool = now.by("state", "emberkv_pool_bytes")
     rows = [("pool", pool.get("in_use", 0.0) + pool.get("cached", 0.0), sum(pool.values()))] if pool else []

@@ -26,9 +26,9 @@ from emberkv.cluster.cache_operations import (
 from emberkv.cluster.cluster_engine import ClusterEngine
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.policies import Decision
-from emberkv.cluster.removals import MISSED, ClusterRemovals, Outcome, operate
+from emberkv.cluster.removals import MISSED, ClusterRemovals, WorkerAnswer, operate
 from emberkv.cluster.wire import LoadReport, decode_prompt
-from emberkv.cluster.workers import Replica, Worker
+from emberkv.cluster.workers import RoutedWorker, Worker
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import EmberError
@@ -83,8 +83,8 @@ class ClusterCacheRoutes(CacheRoutes):
             if worker.report is not None
         }
         missed = sorted(self._removals.missed)
-        figures = {"workers": workers, "sessions": len(self._answers.sessions), "missed_removals": missed}
-        return JSONResponse({"object": "cache", **figures}, status_code=PARTLY_DONE if missed else 200)
+        fields = {"workers": workers, "sessions": len(self._answers.sessions), "missed_removals": missed}
+        return JSONResponse({"object": "cache", **fields}, status_code=PARTLY_DONE if missed else 200)
 
     async def prefixes(self, http: Request) -> Response:
         """List the prefixes of all workers, each once, with the workers that have it."""
@@ -104,13 +104,13 @@ class ClusterCacheRoutes(CacheRoutes):
             chosen, _ = self._decided(path.tokens, path.tenant, self._salt_of(path.tenant))
             outcomes |= await operate([chosen], make(even_uncached=True))
         done = answers(outcomes).values()
-        figures = {
+        fields = {
             "prefix": path.block_hashes[-1].hex(),
             "blocks": len(path.block_hashes),
             "retained_blocks": sum(each["retained_blocks"] for each in done),
             "tokens_kept_warm": sum(each["tokens_kept_warm"] for each in done),
         }
-        return _respond("cache.pinned", figures, outcomes)
+        return _respond("cache.pinned", fields, outcomes)
 
     async def unpin(self, http: Request) -> Response:
         await self._guard.operator(http)
@@ -218,11 +218,11 @@ class ClusterCacheRoutes(CacheRoutes):
     def _salt_of(self, tenant: str) -> bytes:
         return self._tenants.named(tenant).salt if tenant in self._tenants.names else b""
 
-    async def _everywhere(self, operation: CacheOperation) -> dict[Worker, Outcome]:
+    async def _everywhere(self, operation: CacheOperation) -> dict[Worker, WorkerAnswer]:
         return await operate(self._removals.workers, operation)
 
 
-def answers(outcomes: Mapping[Worker, Outcome]) -> dict[Worker, Mapping[str, Any]]:
+def answers(outcomes: Mapping[Worker, WorkerAnswer]) -> dict[Worker, Mapping[str, Any]]:
     """The outcomes without errors."""
     return {worker: outcome for worker, outcome in outcomes.items() if not isinstance(outcome, EmberError)}
 
@@ -246,23 +246,23 @@ def merged_prefixes(listings: Mapping[str, Sequence[Mapping[str, Any]]], by: str
 
 
 def _respond(
-    kind: str, figures: Mapping[str, Any], outcomes: Mapping[Worker, Outcome], *, made_up_for: bool = False
+    kind: str, fields: Mapping[str, Any], outcomes: Mapping[Worker, WorkerAnswer], *, repeats: bool = False
 ) -> Response:
-    """made_up_for: whether the operation is repeated later at workers that are not up."""
-    workers = [_outcome_json(worker, outcome, made_up_for) for worker, outcome in outcomes.items()]
+    """repeats: whether the operation is repeated later at workers that are not up."""
+    workers = [_outcome_json(worker, outcome, repeats) for worker, outcome in outcomes.items()]
     is_done = all(each["status"] == "done" for each in workers)
-    return JSONResponse({"object": kind, **figures, "workers": workers}, status_code=200 if is_done else PARTLY_DONE)
+    return JSONResponse({"object": kind, **fields, "workers": workers}, status_code=200 if is_done else PARTLY_DONE)
 
 
-def _outcome_json(worker: Worker, outcome: Outcome, made_up_for: bool) -> dict[str, Any]:
+def _outcome_json(worker: Worker, outcome: WorkerAnswer, repeats: bool) -> dict[str, Any]:
     named = {"worker": worker.worker_id, "url": worker.url}
     if isinstance(outcome, EmberError):
-        status = "later" if made_up_for and isinstance(outcome, MISSED) else "failed"
+        status = "later" if repeats and isinstance(outcome, MISSED) else "failed"
         return {**named, "status": status, "error": str(outcome)}
     return {**named, "status": "done", **{name: value for name, value in outcome.items() if name != "data"}}
 
 
-def _removed(kind: str, outcomes: Mapping[Worker, Outcome]) -> Response:
+def _removed(kind: str, outcomes: Mapping[Worker, WorkerAnswer]) -> Response:
     blocks: Counter[str] = Counter()
     kept: dict[str, dict[str, Any]] = {}
     for answer in answers(outcomes).values():
@@ -271,8 +271,8 @@ def _removed(kind: str, outcomes: Mapping[Worker, Outcome]) -> Response:
             known = kept.setdefault(tier, {"count": 0, "reason": each["reason"]})
             known["count"] += each["count"]
     learned = sum(each["learned_prompts"] for each in answers(outcomes).values())
-    figures = {"blocks": dict(blocks), "learned_prompts": learned, "kept": kept}
-    return _respond(kind, figures, outcomes, made_up_for=True)
+    fields = {"blocks": dict(blocks), "learned_prompts": learned, "kept": kept}
+    return _respond(kind, fields, outcomes, repeats=True)
 
 
 async def _explained(worker: Worker, tokens: Sequence[int], tenant: str, salt: bytes) -> dict[str, Any]:
@@ -282,7 +282,7 @@ async def _explained(worker: Worker, tokens: Sequence[int], tenant: str, salt: b
         return {"error": str(error)}
 
 
-def estimate_json(worker: Replica, decision: Decision) -> dict[str, Any] | None:
+def estimate_json(worker: RoutedWorker, decision: Decision) -> dict[str, Any] | None:
     """The decision's estimate for a worker, without its slot; None if the decision has none."""
     estimate = next((asdict(each) for each in decision.estimates if each.slot == worker.slot), None)
     if estimate is not None:
@@ -301,6 +301,6 @@ def _worker_json(worker: Worker, decision: Decision, answer: dict[str, Any]) -> 
 
 
 def load_json(report: LoadReport) -> dict[str, Any]:
-    """A report's figures by their names."""
-    figures: dict[str, Any] = msgspec.to_builtins(report)
-    return {name: value for name, value in figures.items() if name not in ("type", "worker_id", "epoch")}
+    """A report's fields by name."""
+    fields: dict[str, Any] = msgspec.to_builtins(report)
+    return {name: value for name, value in fields.items() if name not in ("type", "worker_id", "epoch")}

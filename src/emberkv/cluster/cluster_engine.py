@@ -1,4 +1,4 @@
-"""An engine that computes elsewhere: it hands each request to a worker, and goes on at another where that one fails."""
+"""An engine that computes elsewhere: each request goes to a worker, and is resumed at another where that one fails."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from functools import partial
 from urllib.parse import quote
 
 from emberkv.cluster.membership import Membership
-from emberkv.cluster.routing import Decision, Reason, RoutingRequest
+from emberkv.cluster.routing import Decision, RoutingReason, RoutingRequest
 from emberkv.cluster.wire import WorkerDescription, decode_prompt
 from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.hashing import PublicPrefixes, TokenChain
@@ -35,7 +35,7 @@ from emberkv.errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
-from emberkv.serving.admission import InFlight
+from emberkv.serving.admission import ConcurrencyLimit
 from emberkv.serving.errors import (
     GenerationFailedError,
     NotReadyError,
@@ -62,7 +62,7 @@ MAX_ROUTES = 2000
 
 @dataclass(slots=True)
 class Route:
-    """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at
+    """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer was resumed at
     another worker; retried: how often it was sent to another before its answer began. seconds: from its submission to
     the latest decision before that. reasons: by worker, of the latest decision for it.
     """
@@ -73,7 +73,7 @@ class Route:
     retried: int = 0
     resumed: int = 0
     seconds: float | None = None
-    reasons: dict[str, Reason] = field(default_factory=dict)
+    reasons: dict[str, RoutingReason] = field(default_factory=dict)
 
 
 def route_header(route: Route) -> str:
@@ -92,7 +92,7 @@ def route_header(route: Route) -> str:
 
 @dataclass(slots=True)
 class _Answer:
-    """What of an answer has been handed on. usage: of the prompt, as the first worker said. in_background: it is
+    """What of an answer has been relayed. usage: of the prompt, as the first worker said. in_background: it is
     computed while its worker does nothing else.
     """
 
@@ -120,11 +120,11 @@ class _Answer:
         )
 
     def computed(self, progress: PrefillProgress) -> None:
-        """So far has a worker computed the prompt."""
+        """A worker has computed the prompt so far."""
         self.progress = progress
 
-    def hand_on(self, output: TokenOutput) -> None:
-        """Give an output to the listener. Of a worker that goes on with an answer, its account of the prompt is left
+    def relay(self, output: TokenOutput) -> None:
+        """Give an output to the listener. Of a worker that resumes an answer, its account of the prompt is left
         out: to it, the tokens before are a prompt.
         """
         if self.route.resumed:
@@ -143,8 +143,8 @@ class _Answer:
 class ClusterEngine:
     """An `Engine` over the workers of ``membership``, whose model ``model`` describes. Belongs to their event loop.
 
-    A request whose worker fails before its first output is sent to another one. Later, its answer goes on elsewhere
-    behind the tokens that were handed on (`GenerationRequest.answered`), so that the whole is what one worker would
+    A request whose worker fails before its first output is sent to another one. Later, its answer is resumed
+    behind the tokens that were relayed (`GenerationRequest.answered`), so that the whole is what one worker would
     have given; for that, requests without a seed get one here.
 
     rng: draws these seeds. in_flight: bounds how many requests there are at once. resume_seconds: how long an answer
@@ -157,14 +157,14 @@ class ClusterEngine:
         model: WorkerDescription,
         *,
         rng: random.Random | None = None,
-        in_flight: InFlight | None = None,
+        in_flight: ConcurrencyLimit | None = None,
         resume_seconds: float = RESUME_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._membership = membership
         self._model = model
         self._rng = rng if rng is not None else random.Random()
-        self._in_flight = in_flight if in_flight is not None else InFlight(MAX_REQUESTS)
+        self._in_flight = in_flight if in_flight is not None else ConcurrencyLimit(MAX_REQUESTS)
         self._resume_seconds = resume_seconds
         self._clock = clock
         self._chains = RecentChains(model.block_size)
@@ -179,7 +179,7 @@ class ClusterEngine:
         self.retried = 0
         self.resumed = 0
         self.refused = 0
-        self.decisions: Counter[Reason] = Counter()
+        self.decisions: Counter[RoutingReason] = Counter()
 
     @property
     def context_length(self) -> int:
@@ -388,7 +388,7 @@ class ClusterEngine:
         try:
             async with aclosing(worker.connection.generate(request, make_way)) as outputs:
                 async for output in outputs:
-                    answer.hand_on(output)
+                    answer.relay(output)
         except (ClusterError, EngineStoppedError, NotReadyError) as error:
             self._membership.suspect(worker, error)
             raise
@@ -396,8 +396,8 @@ class ClusterEngine:
             del self._background[worker]
 
     def _failed(self, worker: Worker, answer: _Answer, error: EmberError) -> None:
-        """The worker has not finished the answer, which goes on elsewhere."""
-        _log.warning("request %s goes on elsewhere: %s", answer.request.request_id, error)
+        """The worker has not finished the answer, which is resumed at another one."""
+        _log.warning("request %s is resumed at another worker: %s", answer.request.request_id, error)
         self._membership.suspect(worker, error)
         worker.lost += 1
         if answer.has_begun:
@@ -421,7 +421,7 @@ class ClusterEngine:
                     if not answer.has_begun and output.usage is not None:
                         self._prompt_tokens += output.usage.prompt_tokens
                         self._hit_tokens += output.usage.cached_tokens
-                    answer.hand_on(output)
+                    answer.relay(output)
         finally:
             worker.ended(request_id)
 
@@ -457,7 +457,7 @@ class ClusterEngine:
         if worker is None or worker in busy:
             return None
         found = self._membership.choose(asked, [worker])
-        return None if found is None else (worker, found[1]._replace(reason=Reason.SEQUENCE))
+        return None if found is None else (worker, found[1]._replace(reason=RoutingReason.SEQUENCE))
 
     async def _wait(self, seconds: float) -> None:
         """Until a worker's status changes, or for so long."""

@@ -16,7 +16,7 @@ from typing import Annotated, BinaryIO
 import msgspec
 from msgspec import Meta, Struct
 
-from emberkv.cluster.policies import Decision, Order, Reason, ReplicaState, RoutingPolicy, RoutingView
+from emberkv.cluster.policies import Decision, Order, ReplicaState, RoutingPolicy, RoutingReason, RoutingView
 from emberkv.cluster.routing import Recorder, make_policy
 from emberkv.errors import ConfigError, WorkloadError, reason_of
 
@@ -50,7 +50,7 @@ class RecordedDecision(Struct, frozen=True, forbid_unknown_fields=True, omit_def
     replicas: list[RecordedReplica]
     order: list[Count]
     replica: Count
-    reason: Reason
+    reason: RoutingReason
     home: int | None = None
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emberkv.cluster.block_index import BlockIndex
-from emberkv.cluster.policies import Decision, Reason, ReplicaState
+from emberkv.cluster.policies import Decision, ReplicaState, RoutingReason
 from emberkv.cluster.routing import Router, RoutingRequest
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import Event
@@ -38,7 +38,7 @@ class FeedIndex(Protocol):
         ...
 
     def restart(self) -> None:
-        """The process is another one, which tells of all that it has."""
+        """The process is another one, which will report all blocks that it has."""
         ...
 
 
@@ -244,7 +244,7 @@ class RoutedReplicas:
     def decide(self, request: RoutingRequest) -> Decision | None:
         """Where a request goes; None while no replica is up."""
         if len(self._states) == 1:
-            return Decision(0, Reason.ONLY) if self._states[0].up else None
+            return Decision(0, RoutingReason.ONLY) if self._states[0].up else None
         return self._router.decide(request, self._states)
 
     def publish(self, replica: int, pool: BlockPool) -> None:

@@ -26,10 +26,10 @@ from emberkv.cluster.loop_clock import LoopClock
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.removals import ClusterRemovals, operate
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
-from emberkv.cluster.workers import Replica, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.workers import RoutedWorker, Worker, WorkerConnection, WorkerStatus
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import EmberError, RequestError, WireError
-from emberkv.serving.admission import InFlight
+from emberkv.serving.admission import ConcurrencyLimit
 from emberkv.serving.answer_service import ROUTE_HEADER
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
@@ -53,9 +53,9 @@ class Gateway:
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
     secret: what workers register with; None: none may. routing: a policy's name. max_requests, weights: bound what is
-    in flight, forwarded requests included (`InFlight`). on_overflow: of the `ServedModel`. parsers: names of formats,
-    as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. clock: by
-    which workers are silent; `start` has it follow the event loop. on_stop: what else is closed at the end.
+    in flight, forwarded requests included (`ConcurrencyLimit`). on_overflow: of the `ServedModel`. parsers: names of
+    formats, as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. clock:
+    by which workers are silent; `start` has it follow the event loop. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -96,7 +96,7 @@ class Gateway:
         self._recorder: TraceRecorder | None = None
         self._secret = secret
         self._workers = workers
-        self.in_flight = InFlight(max_requests, weights)
+        self.in_flight = ConcurrencyLimit(max_requests, weights)
         self._on_overflow = on_overflow
         self._parsers = parsers
 
@@ -204,7 +204,7 @@ class Gateway:
         return registration
 
     @property
-    def workers(self) -> Sequence[Replica]:
+    def workers(self) -> Sequence[RoutedWorker]:
         """All, by id."""
         foreign = () if self.fleet is None else self.fleet.workers
         return sorted([*self.membership.workers, *foreign], key=lambda worker: (worker.worker_id, worker.url))
@@ -212,7 +212,7 @@ class Gateway:
     def _workers_json(self) -> list[dict[str, Any]]:
         return [self._worker_json(each) for each in self.workers]
 
-    def _worker_json(self, worker: Replica) -> dict[str, Any]:
+    def _worker_json(self, worker: RoutedWorker) -> dict[str, Any]:
         silent = self.membership.silent_seconds(worker)
         report = worker.report if isinstance(worker, Worker) else None
         foreign = worker.as_json() if isinstance(worker, ForeignWorker) else None
@@ -256,7 +256,7 @@ class Gateway:
                 sampling_defaults=description.sampling_defaults,
                 headers=self._headers,
                 first_difference=self._first_difference,
-                places=self.engine,
+                answering_workers=self.engine,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
                 output_format=output_format,
@@ -312,7 +312,7 @@ class GatewayCollector(Collector):
         if self._gateway.engine is not None:
             yield from _outcomes(self._gateway.engine)
 
-    def _gauges(self, workers: Sequence[Replica]) -> Iterator[Metric]:
+    def _gauges(self, workers: Sequence[RoutedWorker]) -> Iterator[Metric]:
         membership = self._gateway.membership
         yield _by_worker(
             "emberkv_worker_up",
@@ -350,7 +350,7 @@ class GatewayCollector(Collector):
         )
 
 
-def _statuses(workers: Sequence[Replica]) -> Metric:
+def _statuses(workers: Sequence[RoutedWorker]) -> Metric:
     status = GaugeMetricFamily(
         "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
     )
@@ -360,7 +360,7 @@ def _statuses(workers: Sequence[Replica]) -> Metric:
     return status
 
 
-def _counters(workers: Sequence[Replica]) -> Iterator[Metric]:
+def _counters(workers: Sequence[RoutedWorker]) -> Iterator[Metric]:
     foreign = [worker for worker in workers if isinstance(worker, ForeignWorker)]
     for name, text, counts in (
         (

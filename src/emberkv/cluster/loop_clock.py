@@ -44,7 +44,7 @@ class LoopClock:
         return 0.0 if self._due is None else max(0.0, now - self._due)
 
 
-class Patience:
+class ClockTimeout:
     """As `asyncio.timeout`, by any clock: TimeoutError after ``seconds`` of it; None: never."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:

@@ -11,7 +11,7 @@ from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlock
 from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
 from emberkv.cluster.shared_stores import SharedStores
 from emberkv.cluster.wire import LoadReport, WorkerDescription
-from emberkv.cluster.workers import Replica, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.workers import RoutedWorker, Worker, WorkerConnection, WorkerStatus
 from emberkv.core.events import Event
 from emberkv.core.feed import SnapshotChunk
 from emberkv.errors import EmberError, RequestError, WireError, WorkerLostError, WorkerTimeoutError
@@ -25,7 +25,7 @@ RETRY_SECONDS = 1.0
 FORGET_SECONDS = 60.0
 """How long a worker that registered itself stays listed after it was last heard of."""
 
-AnyReplica = TypeVar("AnyReplica", bound=Replica)
+AnyWorker = TypeVar("AnyWorker", bound=RoutedWorker)
 NOT_THERE = ReplicaState(up=False)
 
 
@@ -82,7 +82,7 @@ class Membership:
     def named(self, worker_id: str) -> Worker | None:
         return next((worker for worker in self._workers.values() if worker.worker_id == worker_id), None)
 
-    def silent_seconds(self, worker: Replica) -> float | None:
+    def silent_seconds(self, worker: RoutedWorker) -> float | None:
         """Since it last sent anything; None: it never has."""
         return None if worker.heard is None else max(0.0, self._clock() - worker.heard)
 
@@ -151,9 +151,9 @@ class Membership:
     def choose(
         self,
         request: RoutingRequest,
-        candidates: Iterable[AnyReplica],
-        counts: Callable[[AnyReplica], bool] = lambda _: True,
-    ) -> tuple[AnyReplica, Decision] | None:
+        candidates: Iterable[AnyWorker],
+        counts: Callable[[AnyWorker], bool] = lambda _: True,
+    ) -> tuple[AnyWorker, Decision] | None:
         """Which of these a request goes to. counts: whether it does so now, if it is this one."""
         by_slot = {each.slot: each for each in candidates if each.slot is not None}
         states = [by_slot[slot].state() if slot in by_slot else NOT_THERE for slot in range(self.router.slots)]
@@ -223,7 +223,7 @@ class Membership:
             async with asyncio.timeout(RETRY_SECONDS):
                 await self.changed()
 
-    def set_status(self, worker: Replica, status: WorkerStatus, detail: str) -> None:
+    def set_status(self, worker: RoutedWorker, status: WorkerStatus, detail: str) -> None:
         """For those that follow workers."""
         worker.detail = detail
         if worker.status is status:

@@ -66,7 +66,7 @@ class Order(Enum):
     RANDOM = "random"
 
 
-class Reason(StrEnum):
+class RoutingReason(StrEnum):
     """Why a replica was chosen."""
 
     RANDOM = "random"
@@ -132,7 +132,7 @@ class Decision(NamedTuple):
     """
 
     replica: int
-    reason: Reason
+    reason: RoutingReason
     cached_tokens: int = 0
     estimates: Sequence[Estimate] = ()
 
@@ -171,7 +171,7 @@ class RandomChoice(RoutingPolicy):
     order: ClassVar[Order] = Order.RANDOM
 
     def choose(self, view: RoutingView) -> Decision:
-        return Decision(_first_up(view), Reason.RANDOM)
+        return Decision(_first_up(view), RoutingReason.RANDOM)
 
 
 class RoundRobin(RoutingPolicy):
@@ -180,14 +180,14 @@ class RoundRobin(RoutingPolicy):
     order: ClassVar[Order] = Order.TURN
 
     def choose(self, view: RoutingView) -> Decision:
-        return Decision(_first_up(view), Reason.TURN)
+        return Decision(_first_up(view), RoutingReason.TURN)
 
 
 class LeastLoaded(RoutingPolicy):
     """The one with the least load."""
 
     def choose(self, view: RoutingView) -> Decision:
-        return Decision(least_loaded(view), Reason.LEAST_LOADED)
+        return Decision(least_loaded(view), RoutingReason.LEAST_LOADED)
 
 
 class ConsistentHashing(RoutingPolicy):
@@ -215,8 +215,8 @@ class ConsistentHashing(RoutingPolicy):
         for position, slot in enumerate(view.order):
             state = view.replicas[slot]
             if state.up and (most is None or state.load <= most):
-                return Decision(slot, Reason.HASH_NEXT if position else Reason.HASH)
-        return Decision(least_loaded(view), Reason.LEAST_LOADED)
+                return Decision(slot, RoutingReason.HASH_NEXT if position else RoutingReason.HASH)
+        return Decision(least_loaded(view), RoutingReason.LEAST_LOADED)
 
     def _most(self, view: RoutingView) -> float | None:
         if self._bound is None:
@@ -246,7 +246,7 @@ class LongestPrefix(RoutingPolicy):
             if state.up
         )
         slot = -max(scores)[1]
-        return Decision(slot, Reason.LONGEST_PREFIX, view.block_size * view.cached[slot].get(POOL, 0))
+        return Decision(slot, RoutingReason.LONGEST_PREFIX, view.block_size * view.cached[slot].get(POOL, 0))
 
 
 class ExpectedTtft(RoutingPolicy):
@@ -295,15 +295,15 @@ class ExpectedTtft(RoutingPolicy):
         found = int(sum(estimates[slot].cached_tokens.values()))
         return Decision(slot, reason, found, list(estimates.values()))
 
-    def _chosen(self, view: RoutingView, estimates: Mapping[int, Estimate], margin: float) -> tuple[int, Reason]:
+    def _chosen(self, view: RoutingView, estimates: Mapping[int, Estimate], margin: float) -> tuple[int, RoutingReason]:
         best = min(estimates.values(), key=lambda each: (each.cost, each.slot))
         equal = {slot for slot, each in estimates.items() if each.cost <= best.cost + margin}
         home = None if view.home is None else estimates.get(view.home)
         if home is not None and self._plain(home) <= min(map(self._plain, estimates.values())) + margin:
-            return home.slot, Reason.LEAST_COST if equal == {home.slot} else Reason.SESSION
+            return home.slot, RoutingReason.LEAST_COST if equal == {home.slot} else RoutingReason.SESSION
         if len(equal) == 1:
-            return best.slot, Reason.LEAST_COST
-        return next((slot for slot in view.order if slot in equal), best.slot), Reason.TIE
+            return best.slot, RoutingReason.LEAST_COST
+        return next((slot for slot in view.order if slot in equal), best.slot), RoutingReason.TIE
 
     def _plain(self, estimate: Estimate) -> float:
         """The cost without regard to what the replica was given lately."""

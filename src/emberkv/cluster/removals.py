@@ -34,14 +34,14 @@ MAX_BLOCKS = 100_000
 MISSED = (ClusterError, EngineStoppedError, NotReadyError)
 """Errors after which a worker may come back with the blocks that should have been removed."""
 
-Outcome = Mapping[str, Any] | EmberError
+WorkerAnswer = Mapping[str, Any] | EmberError
 """A worker's answer, or the error."""
 
 
-async def operate(workers: Sequence[Worker], operation: CacheOperation) -> dict[Worker, Outcome]:
+async def operate(workers: Sequence[Worker], operation: CacheOperation) -> dict[Worker, WorkerAnswer]:
     """Send an operation to workers in parallel. A worker that is down or silent gets WorkerUnreachableError at once."""
 
-    async def ask(worker: Worker) -> Outcome:
+    async def ask(worker: Worker) -> WorkerAnswer:
         if worker.status in (WorkerStatus.DOWN, WorkerStatus.SILENT):
             return WorkerUnreachableError(f"it is {worker.status}: {worker.detail}")
         try:
@@ -91,7 +91,7 @@ class ClusterRemovals:
         """The workers that may have blocks of the model."""
         return [each for each in self._membership.workers if each.status is not WorkerStatus.INCOMPATIBLE]
 
-    async def remove_prefix(self, path: PrefixPath) -> dict[Worker, Outcome]:
+    async def remove_prefix(self, path: PrefixPath) -> dict[Worker, WorkerAnswer]:
         """Remove a prefix and its continuations at all workers, except blocks another prefix shares at any worker."""
         found = await operate(self.workers, find_unshared(path))
         gone = set(path.block_hashes)
@@ -104,7 +104,7 @@ class ClusterRemovals:
         gone -= set(path.block_hashes[:shared])
         return await self.remove(gone.union(path.removed_with(shared)))
 
-    async def remove(self, block_hashes: Collection[BlockHash] | None) -> dict[Worker, Outcome]:
+    async def remove(self, block_hashes: Collection[BlockHash] | None) -> dict[Worker, WorkerAnswer]:
         """Remove blocks at all workers; None: all blocks. After an error of `MISSED`, the removal is repeated later."""
         wanted = None if block_hashes is None else tuple(block_hashes)
         outcomes = await operate(self.workers, RemoveBlocks(wanted))

@@ -36,10 +36,10 @@ from emberkv.cluster.policies import (
     LongestPrefix,
     Order,
     RandomChoice,
-    Reason,
     ReplicaState,
     RoundRobin,
     RoutingPolicy,
+    RoutingReason,
     RoutingView,
 )
 from emberkv.core.events import POOL
@@ -51,9 +51,9 @@ __all__ = [
     "ROUTER_NAMES",
     "Decision",
     "Estimate",
-    "Reason",
     "ReplicaState",
     "Router",
+    "RoutingReason",
     "RoutingRequest",
     "make_policy",
     "make_router",
@@ -95,13 +95,13 @@ class _Prompt:
     block_hashes: Sequence[BlockHash]
 
 
-class InFlight:
+class PromptsInFlight:
     """Prompts that were sent to replicas, each until its time to live is over.
 
     A prompt is found by some of its block hashes: those at depths that grow by about a quarter. Two prompts with a
     block hash in common have all blocks before it in common, so the exact depth is found by bisection from there.
 
-    >>> in_flight = InFlight()
+    >>> in_flight = PromptsInFlight()
     >>> system, one, other = bytes(32), bytes([1] * 32), bytes([2] * 32)
     >>> in_flight.add(3, [system, one], until=10.0)
     >>> in_flight.depths([system, other], now=5.0)
@@ -177,7 +177,7 @@ class Router:
         self.index = BlockIndex() if policy.reads_index else None
         self._policy = policy
         self._rng = rng
-        self._in_flight = InFlight()
+        self._in_flight = PromptsInFlight()
         self._sessions: OrderedDict[str, int] = OrderedDict()  # slots of the last requests, the latest last
         self._recent: list[float] = []
         self._unit = 1.0  # of the latest in _recent: a growing unit lets earlier ones count less

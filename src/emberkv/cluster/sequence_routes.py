@@ -150,15 +150,15 @@ def coordinator_router(members: Members, guard: Guard) -> APIRouter:
 
     @router.post("/register", dependencies=[Depends(guard)])
     async def register(http: Request) -> Response:
-        given = parse_detailed(_Registration, await http.body())
-        members.register(given.worker_id, given.address.rstrip("/"))
-        return JSONResponse({"message": f"Worker {given.worker_id} registered."})
+        worker = parse_detailed(_Registration, await http.body())
+        members.register(worker.worker_id, worker.address.rstrip("/"))
+        return JSONResponse({"message": f"Worker {worker.worker_id} registered."})
 
     @router.post("/deregister", dependencies=[Depends(guard)])
     async def deregister(http: Request) -> Response:
-        given = parse_detailed(_Deregistration, await http.body())
-        if members.deregister(given.worker_id):
-            return JSONResponse({"message": f"Worker {given.worker_id} deregistered."})
+        worker = parse_detailed(_Deregistration, await http.body())
+        if members.deregister(worker.worker_id):
+            return JSONResponse({"message": f"Worker {worker.worker_id} deregistered."})
         return JSONResponse({"error": "worker not found"})
 
     @router.get("/workers")
@@ -257,19 +257,19 @@ class SequenceGateway:
         async def stats(http: Request) -> Response:
             return JSONResponse(await self.stats(_headers(http), len(parts.answers.sessions)))
 
-        async def hand_on(http: Request) -> Response:
+        async def forward(http: Request) -> Response:
             body = await http.body()
             named = await parts.preparer.run(lambda: parse_detailed(_SequenceName, body), len(body))
-            return await self.hand_on(http.url.path, named.seq_id, body, _headers(http))
+            return await self.forward(http.url.path, named.seq_id, body, _headers(http))
 
         for path in ("/kv/put", "/kv/append", "/kv/get"):
-            router.add_api_route(path, hand_on, methods=["POST"], dependencies=[Depends(parts.keys.tenant)])
+            router.add_api_route(path, forward, methods=["POST"], dependencies=[Depends(parts.keys.tenant)])
         router.include_router(coordinator_router(self._members, self._guard))
         router.include_router(generate_router(parts, self))
         return router
 
     def draw(self, prompt: Prompt, tenant: Tenant) -> str:
-        """See `SequencePlaces`: ids are drawn until one belongs to that worker."""
+        """See `SequencePlacement`: ids are drawn until one belongs to that worker."""
         best = self._best(GenerationRequest("", prompt.token_ids, prompt.params, tenant.salt, tenant=tenant.name))
         for _ in range(MAX_DRAWS):
             seq_id = str(uuid.uuid4())
@@ -281,7 +281,7 @@ class SequenceGateway:
         owner = self._ring.owner(seq_id)
         return "" if owner is None else owner.worker_id
 
-    async def hand_on(self, path: str, seq_id: str, body: bytes, headers: Mapping[str, str]) -> Response:
+    async def forward(self, path: str, seq_id: str, body: bytes, headers: Mapping[str, str]) -> Response:
         """The answer of the worker that a sequence belongs to."""
         owner = self._ring.owner(seq_id)
         if owner is None:

@@ -16,7 +16,7 @@ _Store = tuple[str, bytes]
 
 class SharedStores:
     """Keeps an index as recent as the stores that its workers share: reads each once when a worker with that store is
-    met, and again when events were missed that may have told of it. Between these, the workers' events say what
+    met, and again when events were missed that may have reported it. Between these, the workers' events say what
     changes. Belongs to one event loop.
 
     One task reads a store, whichever worker is asked for its parts. It goes on with another worker where one fails, and
@@ -49,7 +49,7 @@ class SharedStores:
         self._read(new)
 
     def read_again(self, worker: Worker) -> None:
-        """Events of this worker are not known, and may have told of changes in its stores."""
+        """Events of this worker are not known, and may have reported changes in its stores."""
         self._read(self._known.intersection(_stores(worker)))
 
     def close(self) -> None:

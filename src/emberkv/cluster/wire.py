@@ -198,7 +198,7 @@ class Progress(Struct, frozen=True, array_like=True, tag="progress"):
     prompt_tokens: Count
 
 
-class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TenantPrompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The prompt that a question is about, and whose it is."""
 
     prompt: Tokens
@@ -232,10 +232,10 @@ def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T:
         raise WireError(f"these {len(data)} bytes are not the message expected: {reason_of(error)}") from error
 
 
-def _counter(kind: type, given: Any) -> Any:
+def _counter(kind: type, counts: Any) -> Any:
     """msgspec has no `collections.Counter`; a mapping's keys are converted to the counter's."""
     key = get_args(kind)[0]
-    return Counter({msgspec.convert(name, key): count for name, count in given.items()})
+    return Counter({msgspec.convert(name, key): count for name, count in counts.items()})
 
 
 def encode_request(request: GenerationRequest) -> bytes:
@@ -264,20 +264,20 @@ def encode_request(request: GenerationRequest) -> bytes:
 
 def decode_request(data: bytes) -> GenerationRequest:
     """Raises WireError for bytes that are no request, RequestError for a parameter out of its range."""
-    given = decode_with(_generates, data)
+    sent = decode_with(_generates, data)
     return GenerationRequest(
-        given.request_id,
-        decode_prompt(given.prompt),
-        given.params,
-        given.salt,
-        given.priority,
-        given.tenant,
-        given.session_id,
-        given.retain_tokens,
-        given.retain_seconds,
-        answered=given.answered,
-        seq_id=given.seq_id,
-        borders=given.borders,
+        sent.request_id,
+        decode_prompt(sent.prompt),
+        sent.params,
+        sent.salt,
+        sent.priority,
+        sent.tenant,
+        sent.session_id,
+        sent.retain_tokens,
+        sent.retain_seconds,
+        answered=sent.answered,
+        seq_id=sent.seq_id,
+        borders=sent.borders,
     )
 
 

@@ -30,7 +30,7 @@ from emberkv.engine.commands import (
     Unretain,
 )
 from emberkv.errors import ConfigError, RequestError
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 
 R = TypeVar("R")
 
@@ -91,7 +91,7 @@ class _Import(_Message, frozen=True, tag="import"):
 
 class _Removed(Struct, frozen=True, array_like=True):
     pool: int
-    tiers: dict[str, Removed]
+    tiers: dict[str, RemovalResult]
 
 
 _AnyMessage = _Retain | _Unretain | _Remove | _CachedTokens | _LookUp | _FindCached | _Statistics | _Export | _Import
@@ -166,7 +166,7 @@ def decode_command(data: bytes, root: BlockHash) -> Command[Any]:
 
 
 def encode_answer(
-    answer: Any, removed: Mapping[str, Removed] | None = None, *, message_bytes: int = wire.MAX_MESSAGE_BYTES
+    answer: Any, removed: Mapping[str, RemovalResult] | None = None, *, message_bytes: int = wire.MAX_MESSAGE_BYTES
 ) -> bytes:
     """removed: what `RemovedBlocks.tiers` have answered. Raises ConfigError for an answer that is larger than the
     caller accepts.
@@ -198,8 +198,8 @@ def decode_answer(data: bytes, command: Command[R]) -> R:
     return result
 
 
-def _done(removed: Removed) -> "Future[Removed]":
-    future: Future[Removed] = Future()
+def _done(removed: RemovalResult) -> "Future[RemovalResult]":
+    future: Future[RemovalResult] = Future()
     future.set_result(removed)
     return future
 

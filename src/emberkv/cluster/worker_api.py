@@ -28,9 +28,9 @@ from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.cache.service import ANSWER_SECONDS, NO_ANSWER, explanation_json
 from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, failure_of
 from emberkv.serving.event_stream import unless_disconnected
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
 from emberkv.serving.tenancy import Tenant
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 
 R = TypeVar("R")
 
@@ -206,7 +206,7 @@ class WorkerRoutes:
             answered = wire_commands.encode_answer(RemovedBlocks(removal.pool), removal.tiers)
             return Response(answered, media_type=wire.MEDIA_TYPE)
         answer = await _ask(engine, command)
-        removed: dict[str, Removed] = {}
+        removed: dict[str, RemovalResult] = {}
         if isinstance(answer, RemovedBlocks):
             awaited = {name: asyncio.wrap_future(future) for name, future in answer.tiers.items()}
             if awaited:
@@ -215,7 +215,7 @@ class WorkerRoutes:
         return Response(wire_commands.encode_answer(answer, removed), media_type=wire.MEDIA_TYPE)
 
     async def explain(self, http: Request) -> Response:
-        asked = wire.decode(await http.body(), wire.Prompt)
+        asked = wire.decode(await http.body(), wire.TenantPrompt)
         model = self._served()[0]
         if model.cache is None:
             raise NotFoundError("this worker keeps no account of what it has cached")
@@ -278,7 +278,7 @@ class WorkerRoutes:
             step_seconds=load.step_seconds,
             load_rates={name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None},
             shared_tiers=_shared_tiers(engine),
-            draining=self._lifecycle.phase is Phase.DRAINING,
+            draining=self._lifecycle.phase is ServerPhase.DRAINING,
         )
 
     async def _news(self, engine: AssembledEngine, after: int, wake: asyncio.Event) -> AsyncGenerator[bytes, None]:
@@ -353,7 +353,7 @@ class Generation:
         self._has_message.set()
 
     def interrupt(self, error: EmberError) -> None:
-        """End the answer early; a gateway goes on with it elsewhere."""
+        """End the answer early; a gateway resumes it at another worker."""
         if not self._has_ended:
             self._engine.abort(self._request_id)
             self._send(wire.encode(failure(error)), ends=True)

@@ -12,7 +12,7 @@ import aiohttp
 from emberkv import errors, event_wire
 from emberkv.cluster import wire, wire_commands
 from emberkv.cluster.cache_operations import CacheOperation
-from emberkv.cluster.loop_clock import Patience
+from emberkv.cluster.loop_clock import ClockTimeout
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
@@ -163,7 +163,7 @@ class WorkerClient:
 
     async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
         """What the prompt would hit on this worker, and why not more: as ``/v1/cache/explain`` answers it."""
-        body = wire.encode(wire.Prompt(prompt=wire.encode_prompt(prompt_token_ids), salt=salt, tenant=tenant))
+        body = wire.encode(wire.TenantPrompt(prompt=wire.encode_prompt(prompt_token_ids), salt=salt, tenant=tenant))
         return wire.decode(await self._ask("POST", "explain", body=body), dict[str, Any])
 
     async def wake(self) -> None:
@@ -255,7 +255,7 @@ async def within(url: str, deadlines: Deadlines, seconds: float | None, answer: 
     Raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError where it does not come.
     """
     try:
-        async with Patience(seconds, deadlines.clock):
+        async with ClockTimeout(seconds, deadlines.clock):
             return await answer
     except aiohttp.ClientConnectorError as error:
         raise errors.WorkerUnreachableError(f"{url} cannot be reached: {error.strerror}") from error

@@ -51,7 +51,7 @@ class WorkerConnection(Protocol):
     async def close(self) -> None: ...
 
 
-class Replica(ABC):
+class RoutedWorker(ABC):
     """What routing and its reports know of any worker, whatever protocol it speaks.
 
     worker_id: "" before it is known. slot: its number in the router, once it is compatible. detail: why it is not up.
@@ -115,7 +115,7 @@ class Replica(ABC):
         self._unreported.pop(request_id, None)
 
 
-class Worker(Replica):
+class Worker(RoutedWorker):
     """One emberkv worker. `Membership` alone changes its status."""
 
     def __init__(self, url: str, connection: WorkerConnection, worker_id: str = "") -> None:

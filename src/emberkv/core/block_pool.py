@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from emberkv.core.block import Block, BlockState, Match
 from emberkv.core.cached_blocks import BlockCost, CachedBlocks, uniform_cost
-from emberkv.core.checkpoints import CheckpointKind, Speculation
+from emberkv.core.checkpoints import CheckpointKind, SpeculativeCheckpoints
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.policies.eviction import LRU, EvictionPolicy
 from emberkv.core.pool_laws import broken_laws
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
 __all__ = ["BlockCost", "BlockPool", "uniform_cost"]
@@ -27,8 +27,9 @@ class BlockPool:
     no holders and is either blank or indexed and known to the policy as evictable; every other block has holders.
     `check_integrity` states it in code.
 
-    policy: which block goes first; entries are retained through it. journal: keep a list of what becomes visible, for
-    `take_committed`.
+    policy: which block goes first; entries are retained through it. cached: the index of the blocks that are found.
+    speculative: which of its partial blocks are speculative checkpoints. journal: keep a list of what becomes visible,
+    for `take_committed`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class BlockPool:
         policy: EvictionPolicy[BlockHash] | None = None,
         block_cost: BlockCost = uniform_cost,
         events: EventLog | None = None,
-        stats: CacheStats | None = None,
+        stats: SchedulerStats | None = None,
         journal: bool = False,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -47,11 +48,13 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.events = events if events is not None else EventLog()
-        self.stats = stats if stats is not None else CacheStats()
+        self.stats = stats if stats is not None else SchedulerStats()
         self.policy: EvictionPolicy[BlockHash] = policy if policy is not None else LRU()
-        self._speculation = Speculation(num_blocks, block_size, self.stats, self._num_owned)
-        self._cached = CachedBlocks(
-            self.policy, block_cost, self.events, self.stats, journal=journal, speculation=self._speculation
+        self.speculative = SpeculativeCheckpoints(
+            num_blocks, block_size, self.stats, num_owned=self._num_owned, has_blank_for=self._has_blank_for
+        )
+        self.cached = CachedBlocks(
+            self.policy, block_cost, self.events, self.stats, journal=journal, speculative=self.speculative
         )
         self._least_speculative = 0
         self._blocks: list[Block] = []  # by block id, those that have been made
@@ -75,11 +78,11 @@ class BlockPool:
     @property
     def max_sequence_blocks(self) -> int:
         """How many blocks a sequence of any owner can have when no other sequence runs, however full the floors are."""
-        return max(0, self.num_blocks - self.policy.reserved(self._cached.block_cost(0).size))
+        return max(0, self.num_blocks - self.policy.reserved(self.cached.block_cost(0).size))
 
     def guaranteed_to(self, owner: str) -> int:
         """How many blocks ``owner``'s floor keeps from others once it has them."""
-        return self.policy.guaranteed(owner, self._cached.block_cost(0).size)
+        return self.policy.guaranteed(owner, self.cached.block_cost(0).size)
 
     @property
     def num_evictable(self) -> int:
@@ -89,21 +92,21 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Full blocks found under a block hash, held or not."""
-        return self._cached.num_full
+        return self.cached.num_full
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks ``num_tokens`` take."""
         return -(-num_tokens // self.block_size)
 
     def lookup(self, block_hash: BlockHash) -> Block | None:
-        return self._cached.index.get(block_hash)
+        return self.cached.index.get(block_hash)
 
     def match(self, chain: Chain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
         """The longest consecutive run of cached blocks of ``chain[start:stop]`` (in blocks). Holds nothing.
 
         A block is a hit only if its tokens equal the chain's, whatever its block hash says.
         """
-        return self._cached.match(chain, start, stop, exact_only=exact_only)
+        return self.cached.match(chain, start, stop, exact_only=exact_only)
 
     def index_children(self, *, copied_whole: bool = False, least_speculative: int = 0) -> None:
         """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent.
@@ -113,7 +116,7 @@ class BlockPool:
         fewest tokens with which it does; 0: it never does.
         """
         self._least_speculative = least_speculative if copied_whole else 0
-        self._cached.index_children(copied_whole=copied_whole)
+        self.cached.index_children(copied_whole=copied_whole)
 
     def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
         """Of the cached blocks behind the first ``position`` blocks of ``chain``, full or partial, the one that begins
@@ -124,33 +127,20 @@ class BlockPool:
         count, and only those all of whose tokens follow there.
         """
         start, stop = self._behind(chain, position, to_end=to_end)
-        if self._cached.copied_whole:
-            return self._cached.longest_checkpoint(chain, start, stop)
-        return self._cached.longest_child(chain, start, stop)
-
-    def has_children(self, block_hash: BlockHash) -> bool:
-        """Whether a cached block, full or partial, follows a block or a root. False without `index_children`."""
-        return self._cached.children is not None and self._cached.children.has(block_hash)
+        if self.cached.copied_whole:
+            return self.cached.longest_checkpoint(chain, start, stop)
+        return self.cached.longest_child(chain, start, stop)
 
     def known_tokens(self, chain: Chain, position: int) -> int:
         """How many of the tokens behind the first ``position`` blocks of ``chain``, without its last one, a cached
         block begins with, whether a sequence can go on from there or not.
         """
-        found = self._cached.longest_child(chain, *self._behind(chain, position, to_end=False))
+        found = self.cached.longest_child(chain, *self._behind(chain, position, to_end=False))
         return 0 if found is None else found[1]
 
     def _behind(self, chain: Chain, position: int, *, to_end: bool) -> tuple[int, int]:
         start = position * self.block_size
         return start, min(start + self.block_size - 1, len(chain) if to_end else len(chain) - 1)
-
-    def known_partial(self, chain: Chain, position: int, count: int) -> Block | None:
-        """The exact cached block from which a sequence can go on behind the first ``count`` tokens of block
-        ``position`` of ``chain``. Needs `index_children`.
-        """
-        start = position * self.block_size
-        find = self._cached.longest_checkpoint if self._cached.copied_whole else self._cached.longest_child
-        known = find(chain, start, start + count)
-        return known[0] if known is not None and known[1] == count and known[0].exact else None
 
     def commit_partial(
         self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None = None
@@ -161,105 +151,80 @@ class BlockPool:
         can go on behind these tokens from a cached block; a partial block that they go on from is forgotten, unless it
         is to be kept. kind: why it is kept itself when it is extended; None: it is not. Needs `index_children`.
         """
-        committed = self._publish_partial(block, chain, position, count, kind)
+        committed = self._commit_partial(block, chain, position, count, kind)
         if committed and kind in (None, CheckpointKind.BRANCH):  # any other once it is used
             self._record_checkpoint(block)
         return committed
 
-    def _publish_partial(
+    def _commit_partial(
         self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None
     ) -> bool:
         _require_allocated(block)
-        if self.known_partial(chain, position, count) is not None:
+        if self.cached.known_partial(chain, position, count) is not None:
             return False
         start = position * self.block_size
-        shorter = self._cached.partial_prefix(chain, start, start + count)
+        shorter = self.cached.partial_prefix(chain, start, start + count)
         block.state = BlockState.COMMITTED
-        self._cached.enter_partial(block, chain, position, count, keep=kind is not None)
+        self.cached.enter_partial(block, chain, position, count, keep=kind is not None)
         if kind is not None and kind is not CheckpointKind.BRANCH:
-            self._speculation.add(block, kind)
+            self.speculative.add(block, kind)
         if shorter is not None:
             self._supersede(shorter)  # only now that the block itself counts to the limit
         return True
 
     def _record_checkpoint(self, block: Block) -> None:
         """Keep a checkpoint for `take_committed`, unless it saves too little to be loaded."""
-        if self._cached.keeps_journal and 0 < self._least_speculative <= block.num_tokens:
-            self._cached.record_committed(block)
+        if self.cached.keeps_journal and 0 < self._least_speculative <= block.num_tokens:
+            self.cached.record_committed(block)
 
     def keep_partial(self, block: Block, kind: CheckpointKind) -> None:
         """A sequence would leave a checkpoint behind the last token of a cached partial block; see `commit_partial`."""
         if kind is CheckpointKind.BRANCH:
-            if self._speculation.confirm(block):
+            if self.speculative.confirm(block):
                 self._record_checkpoint(block)
             block.keep_when_extended = True
-        elif not block.keep_when_extended and not block.retained and self._allows_speculative(block.owner):
+        elif not block.keep_when_extended and not block.retained and self.speculative.allows(block.owner):
             block.keep_when_extended = True
-            self._speculation.add(block, kind)
-
-    def is_worth_a_checkpoint(self, owner: str, kind: CheckpointKind) -> bool:
-        """Whether a prompt of ``owner`` is to leave a checkpoint of that kind, at the price of a step and a copy."""
-        if kind is CheckpointKind.BRANCH:
-            return True
-        owners, has_blank = self._speculation.of(owner), self._has_blank_for(owner)
-        return owners.decide_on(kind, has_blank=has_blank) and (
-            self._allows_speculative(owner) or bool(owners.oldest())
-        )
+            self.speculative.add(block, kind)
 
     def admit_speculative(self, owner: str) -> bool:
         """Whether ``owner`` may have one more speculative checkpoint; at its limit, its oldest one is dropped first."""
-        return self._allows_speculative(owner) or self._drop_speculative(owner)
-
-    def _allows_speculative(self, owner: str) -> bool:
-        """Whether a blank block is there for one more speculative checkpoint of ``owner``, or its limit allows it."""
-        return self._has_blank_for(owner) or not self._speculation.of(owner).is_full
+        return self.speculative.allows(owner) or self._drop_speculative(owner)
 
     def _has_blank_for(self, owner: str) -> bool:
         """Whether a block holds nothing that ``owner`` may have and keep."""
-        return self.num_free > len(self.policy) and self.policy.headroom(owner) >= self._cached.block_cost(0).size
+        return self.num_free > len(self.policy) and self.policy.headroom(owner) >= self.cached.block_cost(0).size
 
     def _num_owned(self, owner: str) -> float:
         owned = self.policy.bytes_of(owner)
-        return len(self._cached.index) if owned is None else owned / self._cached.block_cost(0).size
+        return len(self.cached.index) if owned is None else owned / self.cached.block_cost(0).size
 
     def _drop_speculative(self, owner: str) -> bool:
         """Forget the oldest speculative checkpoint of ``owner``, if there is one that may go."""
-        if (oldest := self._speculation.of(owner).oldest()) is not None:
+        if (oldest := self.speculative.of(owner).oldest()) is not None:
             self._withdraw(oldest)
         return oldest is not None
 
     def _evict_surplus(self) -> None:
         """What quotas forbid to keep becomes blank: an owner's speculative checkpoints beyond its limit first."""
         for owner in list(self.policy.over_quota()):
-            while owner in self.policy.over_quota() and self._speculation.of(owner).is_too_large:
+            while owner in self.policy.over_quota() and self.speculative.of(owner).is_too_large:
                 if not self._drop_speculative(owner):
                     break
-        self._blank += self._cached.evict_surplus()
-
-    def note_missing(self, chain: Chain, position: int) -> None:
-        """A sequence computes block ``position`` of ``chain``, since that is not cached."""
-        self._speculation.missing(chain.block_hashes, position)
+        self._blank += self.cached.evict_surplus()
 
     def note_use(self, block: Block, tokens: int) -> None:
         """A sequence has gone on from this partial block, which is copied whole. tokens: how many that saves."""
         self.stats.checkpoint_hits += 1
-        if self._speculation.used(block, tokens):
+        if self.speculative.used(block, tokens):
             self._record_checkpoint(block)
-
-    def saved_by(self, chain: Chain, position: int, count: int) -> int:
-        """How many of the first ``count`` tokens of block ``position`` of ``chain`` only the checkpoint behind them
-        saves: those behind the longest shorter one. Needs `index_children`.
-        """
-        first = position * self.block_size
-        shorter = self._cached.longest_checkpoint(chain, first, first + count - 1)
-        return count if shorter is None else count - shorter[1]
 
     def retain(self, block_hashes: Iterable[BlockHash], until: float) -> int:
         """As `EvictionPolicy.retain`. A longer partial block does not take the place of one among them, either."""
         wanted = list(block_hashes)
         for block in self._partial_among(wanted):
             block.retained = True
-            if self._speculation.confirm(block):  # a retained one is not dropped for others
+            if self.speculative.confirm(block):  # a retained one is not dropped for others
                 self._record_checkpoint(block)
         return self.policy.retain(wanted, until)
 
@@ -272,7 +237,7 @@ class BlockPool:
 
     def _partial_among(self, block_hashes: Iterable[BlockHash]) -> Iterator[Block]:
         """Partial blocks, if blocks are copied whole: otherwise a longer one has all that a shorter one has."""
-        if self._cached.copied_whole:
+        if self.cached.copied_whole:
             found = (self.lookup(block_hash) for block_hash in block_hashes)
             yield from (block for block in found if block is not None and block.partial)
 
@@ -301,11 +266,11 @@ class BlockPool:
         short = count - len(self._blank)
         if short > 0 and len(self._blocks) < self.num_blocks:
             short -= self._make(min(short, self.num_blocks - len(self._blocks)))
-        if short > 0 and (speculative := self._speculation.known(owner)) is not None:
+        if short > 0 and (speculative := self.speculative.known(owner)) is not None:
             while short > 0 and speculative.is_too_large and self._drop_speculative(owner):
                 short -= 1
         if short > 0:
-            self._blank += self._cached.evict(short, owner)
+            self._blank += self.cached.evict(short, owner)
         first = len(self._blank) - count
         allocated = self._blank[first:]
         del self._blank[first:]
@@ -323,10 +288,10 @@ class BlockPool:
         one is not: then ours takes the place. If the known one has other tokens, ours stays private.
         """
         _require_allocated(block)
-        published = self._publish(block, chain, position, exact)
-        if self._cached.keeps_journal:
-            self._cached.record_committed(block)
-        return published
+        kept = self._commit(block, chain, position, exact)
+        if self.cached.keeps_journal:
+            self.cached.record_committed(block)
+        return kept
 
     def commit_new(self, table: Sequence[Block], chain: Chain, start: int, stop: int, *, exact: bool) -> int:
         """`commit` for the first of blocks ``[start, stop)`` of ``chain``, as far as their hashes are not known yet.
@@ -334,7 +299,7 @@ class BlockPool:
         table: the chain's block table, from its first block on. Returns how many were committed; what follows them is
         for `commit`. Most blocks of a prefill chunk are new, and together they cost much less than one by one.
         """
-        cached, index, block_hashes = self._cached, self._cached.index, chain.block_hashes
+        cached, index, block_hashes = self.cached, self.cached.index, chain.block_hashes
         allocated, committed = BlockState.ALLOCATED, BlockState.COMMITTED
         end = start
         while end < stop and block_hashes[end] not in index and table[end].state is allocated:
@@ -354,8 +319,8 @@ class BlockPool:
                 cached.record_committed(block)
         return end - start
 
-    def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
-        known = self._cached.index.get(chain.block_hashes[position])
+    def _commit(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
+        known = self.cached.index.get(chain.block_hashes[position])
         if known is not None:
             if known.tokens != chain.block_tokens(position):
                 self.stats.collisions += 1
@@ -367,10 +332,10 @@ class BlockPool:
                 return known
             self.stats.replaced_blocks += 1
             self._withdraw(known)
-        if exact and self._cached.children is not None:
+        if exact and self.cached.children is not None:
             self._supersede_before(chain, position)
         block.state = BlockState.COMMITTED
-        self._cached.enter([block], chain, position, exact=exact, in_place=known is not None)
+        self.cached.enter([block], chain, position, exact=exact, in_place=known is not None)
         self._evict_surplus()
         return block
 
@@ -414,7 +379,7 @@ class BlockPool:
         held = list(blocks)
         count = 0
         while count < len(exact) and wanted[count]:
-            held[count] = self._publish(held[count], chain, start + count, exact[count])
+            held[count] = self._commit(held[count], chain, start + count, exact[count])
             if held[count].block_hash is None:
                 break
             count += 1
@@ -428,9 +393,9 @@ class BlockPool:
         """
         is_wanted = arrived and block.state is BlockState.PENDING
         block.state = BlockState.ALLOCATED
-        published = is_wanted and self._publish_partial(block, chain, position, count, None)
+        found = is_wanted and self._commit_partial(block, chain, position, count, None)
         self.free([block])
-        return published
+        return found
 
     def cancel_load(self, blocks: Iterable[Block]) -> None:
         """What is being loaded into these blocks is not wanted any more: it will not become visible."""
@@ -444,7 +409,7 @@ class BlockPool:
         Of partial blocks only those that are copied whole: not the speculative ones, until they are used, nor those
         with fewer tokens than `index_children` says.
         """
-        return self._cached.take_committed()
+        return self.cached.take_committed()
 
     def remove(self, block_hashes: Iterable[BlockHash]) -> int:
         """Forget these blocks, as `clear` forgets all; how many full ones there were.
@@ -453,8 +418,8 @@ class BlockPool:
         block is not cached any more, the latter are named by a `partial_siblings_hash`.
         """
         wanted = list(block_hashes)
-        self._speculation.forget_evicted(wanted)
-        blocks = self._cached.among(wanted)
+        self.speculative.forget_evicted(wanted)
+        blocks = self.cached.among(wanted)
         gone = tuple(block.block_hash for block in blocks if block.block_hash is not None and not block.partial)
         if gone:
             self.events.append(BlockRemoved(gone, evicted=False))
@@ -462,26 +427,20 @@ class BlockPool:
             self._withdraw(block)
         return len(gone)
 
-    def siblings_among(self, block_hashes: Iterable[BlockHash]) -> list[BlockHash]:
-        """What names, in a removal from other places, the partial blocks that `remove` takes along because they are
-        beside cached ones of these.
-        """
-        return self._cached.siblings_among(block_hashes)
-
     def clear(self) -> None:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
-        for block in list(self._cached.index.values()):
+        for block in list(self.cached.index.values()):
             self._withdraw(block)
-        self._speculation.forget_all_evicted()
+        self.speculative.forget_all_evicted()
         self.cancel_load(self._blocks)
         self.events.append(AllBlocksCleared())
 
     def cached_hashes(self) -> list[BlockHash]:
         """The hashes of all cached blocks, partial ones included; copied in one go, without a look at the blocks."""
-        return list(self._cached.index)
+        return list(self.cached.index)
 
     def snapshot(self) -> Snapshot:
-        return self._cached.snapshot()
+        return self.cached.snapshot()
 
     def _make(self, count: int) -> int:
         """Make the next ``count`` blocks, which are blank; they are allocated after the other blank ones."""
@@ -501,20 +460,20 @@ class BlockPool:
             return
         owner, kind = shorter.owner, CheckpointKind.ANSWER_END
         is_long = 0 < self._least_speculative <= shorter.num_tokens
-        if is_long and self._allows_speculative(owner) and self.is_worth_a_checkpoint(owner, kind):
+        if is_long and self.speculative.allows(owner) and self.speculative.is_worth(owner, kind):
             shorter.keep_when_extended = True
-            self._speculation.add(shorter, kind)
+            self.speculative.add(shorter, kind)
         else:
             self._withdraw(shorter)
 
     def _supersede_before(self, chain: Chain, position: int) -> None:
         """`_supersede` the partial block that full block ``position`` of ``chain`` begins with, if there is one."""
         start = position * self.block_size
-        if (shorter := self._cached.partial_prefix(chain, start, start + self.block_size)) is not None:
+        if (shorter := self.cached.partial_prefix(chain, start, start + self.block_size)) is not None:
             self._supersede(shorter)
 
     def _withdraw(self, block: Block) -> None:
-        self._cached.unindex(block)
+        self.cached.unindex(block)
         if block.ref_count:
             block.state = BlockState.ALLOCATED
         else:
@@ -526,9 +485,9 @@ class BlockPool:
         holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
         broken = broken_laws(
-            self.blocks, self._blank, self._cached.index, len(self.policy), holders, self._cached.children
+            self.blocks, self._blank, self.cached.index, len(self.policy), holders, self.cached.children
         )
-        if not self._speculation.is_part_of(self._cached.index):
+        if not self.speculative.is_part_of(self.cached.index):
             broken.append("a speculative checkpoint is not cached, or what is cached counts as evicted")
         if broken:
             raise IntegrityError("; ".join(broken[:5]))

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from emberkv.core.block import Block, Match, MatchEnd
-from emberkv.core.checkpoints import Speculation
+from emberkv.core.checkpoints import SpeculativeCheckpoints
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash, partial_siblings_hash
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 
 BlockCost = Callable[[int], EntryCost]
 """The eviction block_cost of a block at a position in its chain."""
@@ -92,10 +92,10 @@ class CachedBlocks:
         policy: EvictionPolicy[BlockHash],
         block_cost: BlockCost,
         events: EventLog,
-        stats: CacheStats,
+        stats: SchedulerStats,
         *,
         journal: bool,
-        speculation: Speculation,
+        speculative: SpeculativeCheckpoints,
     ) -> None:
         self.policy = policy
         self.block_cost = block_cost
@@ -106,7 +106,7 @@ class CachedBlocks:
         self._partial_children = ChildIndex()
         self._parents: dict[BlockHash, BlockHash] = {}  # of partial blocks, by `partial_siblings_hash`
         self._num_partial = 0
-        self._speculation = speculation
+        self._speculative = speculative
         self._events = events
         self._stats = stats
         self.keeps_journal = journal
@@ -189,6 +189,27 @@ class CachedBlocks:
             stop = min(stop - 1, start + common - whole)
         return None
 
+    def known_partial(self, chain: Chain, position: int, count: int) -> Block | None:
+        """The exact cached block from which a sequence can go on behind the first ``count`` tokens of block
+        ``position`` of ``chain``. Needs `index_children`.
+        """
+        start = position * chain.block_size
+        find = self.longest_checkpoint if self.copied_whole else self.longest_child
+        known = find(chain, start, start + count)
+        return known[0] if known is not None and known[1] == count and known[0].exact else None
+
+    def saved_by(self, chain: Chain, position: int, count: int) -> int:
+        """How many of the first ``count`` tokens of block ``position`` of ``chain`` only the checkpoint behind them
+        saves: those behind the longest shorter one. Needs `index_children`.
+        """
+        first = position * chain.block_size
+        shorter = self.longest_checkpoint(chain, first, first + count - 1)
+        return count if shorter is None else count - shorter[1]
+
+    def has_children(self, block_hash: BlockHash) -> bool:
+        """Whether a cached block, full or partial, follows a block or a root. False without `index_children`."""
+        return self.children is not None and self.children.has(block_hash)
+
     def partial_prefix(self, chain: Chain, start: int, stop: int) -> Block | None:
         """A cached partial block all of whose tokens are the first of ``[start, stop)``; the longest.
 
@@ -223,7 +244,7 @@ class CachedBlocks:
             block.exact = exact
             index[block_hash] = block
             position += 1
-        self._speculation.forget_evicted(block_hashes)
+        self._speculative.forget_evicted(block_hashes)
         if self.children is not None:
             for block in blocks:
                 self.children.add(block)
@@ -283,7 +304,7 @@ class CachedBlocks:
 
     def _evicted(self, block_hashes: Sequence[BlockHash]) -> list[Block]:
         blocks = [self.index.pop(block_hash) for block_hash in block_hashes]
-        self._speculation.evicted(blocks)
+        self._speculative.evicted(blocks)
         if self._num_partial:
             pairs = zip(block_hashes, blocks, strict=True)
             block_hashes = [block_hash for block_hash, block in pairs if not block.partial]
@@ -354,6 +375,6 @@ class CachedBlocks:
         self._num_partial -= 1
         if not partial:
             del self._partial[block.previous]
-        self._speculation.discard(block)
+        self._speculative.discard(block)
         block.partial = block.keep_when_extended = block.retained = False
         block.previous = b""

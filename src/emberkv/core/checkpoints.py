@@ -11,7 +11,7 @@ from enum import Enum
 
 from emberkv.core.block import Block
 from emberkv.core.hashing import BlockHash
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 
 BRANCH_TOKENS = 64
 """Fewer tokens are not worth a checkpoint, which takes a block of the pool and costs one more prefill chunk."""
@@ -145,17 +145,26 @@ class OwnerCheckpoints:
         return next((entry.block for entry in self.entries.values() if not entry.block.ref_count), None)
 
 
-class Speculation:
+class SpeculativeCheckpoints:
     """The speculative checkpoints of a pool, by owner.
 
-    num_owned: how many cached blocks an owner has.
+    num_owned: how many cached blocks an owner has. has_blank_for: whether it can have a block that holds nothing.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, stats: CacheStats, num_owned: Callable[[str], float]) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        stats: SchedulerStats,
+        *,
+        num_owned: Callable[[str], float],
+        has_blank_for: Callable[[str], bool],
+    ) -> None:
         self._first_limit = max(1.0, num_blocks / FIRST_SHARE)
         self._block_size = block_size
         self._stats = stats
         self._num_owned = num_owned
+        self._has_blank_for = has_blank_for
         self._owners: dict[str, OwnerCheckpoints] = {}
         self._evicted: dict[BlockHash, OwnerCheckpoints] = {}  # whose ``evicted`` each is among
 
@@ -173,6 +182,18 @@ class Speculation:
     def known(self, owner: str) -> OwnerCheckpoints | None:
         """An owner's; None where it never had any."""
         return self._owners.get(owner)
+
+    def allows(self, owner: str) -> bool:
+        """Whether ``owner`` may have one more: a blank block is there for it, or its limit allows it."""
+        return self._has_blank_for(owner) or not self.of(owner).is_full
+
+    def is_worth(self, owner: str, kind: CheckpointKind) -> bool:
+        """Whether a prompt of ``owner`` is to leave a checkpoint of that kind, at the price of a step and a copy."""
+        if kind is CheckpointKind.BRANCH:
+            return True
+        checkpoints = self.of(owner)
+        worth = checkpoints.decide_on(kind, has_blank=self._has_blank_for(owner))
+        return worth and (self.allows(owner) or checkpoints.oldest() is not None)
 
     def add(self, block: Block, kind: CheckpointKind) -> None:
         """A cached block is a speculative checkpoint of its owner from now on."""

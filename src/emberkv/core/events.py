@@ -71,7 +71,7 @@ class EventLog:
         self._events.append(event)
 
     def require_snapshot(self) -> None:
-        """Have every reader start from a snapshot, because blocks are cached that no event tells of."""
+        """Have every reader start from a snapshot, because blocks are cached that no event has reported."""
         self.last_sequence += 1
         self._events.clear()
 

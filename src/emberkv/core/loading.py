@@ -89,7 +89,7 @@ class LookupStatus(Enum):
 
     HIT = "hit"
     MISS = "miss"
-    PENDING = "pending"  # a tier can only tell after I/O
+    PENDING = "pending"  # a tier knows only after I/O
 
 
 class LowerTiers(Protocol):
@@ -142,7 +142,7 @@ def total_seconds(runs: Sequence[BlockRun]) -> float | None:
 class Load:
     """Blocks ``[start, stop)`` of ``chain`` on their way up, PENDING and held by the load itself.
 
-    runs: where the full blocks come from. patience: seconds until waiting has taken as long as computing would have;
+    runs: where the full blocks come from. break_even_seconds: until waiting has taken as long as computing would have;
     None: not known. partial: one more block, behind these, that is not full: the last of ``blocks``. arrived: of the
     full blocks, from the first, those that became visible; partial_arrived: whether that one did; took: seconds from
     the start. These are set when the load has ended.
@@ -152,7 +152,7 @@ class Load:
     start: int
     runs: list[BlockRun]
     blocks: list[Block]
-    patience: float | None
+    break_even_seconds: float | None
     partial: StoredPartial | None = None
     arrived: int = 0
     partial_arrived: bool = False
@@ -211,7 +211,7 @@ class Load:
 class PendingLookup:
     """Blocks ``[start, stop)`` of ``chain``; a tier can only tell after I/O whether it has the first one.
 
-    exact: only blocks that are bit-equal to a cold prefill's count. patience: seconds until waiting has taken as long
+    exact: only blocks that are bit-equal to a cold prefill's count. break_even_seconds: until waiting has taken as long
     as computing the blocks would; None: not known.
     """
 
@@ -219,7 +219,7 @@ class PendingLookup:
     start: int
     stop: int
     exact: bool
-    patience: float | None
+    break_even_seconds: float | None
 
     @property
     def block_hashes(self) -> Sequence[BlockHash]:
@@ -227,7 +227,7 @@ class PendingLookup:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class LoadWait:
     """A sequence's part in a load: the load's blocks up to ``stop`` are the sequence's too."""
 
     load: Load

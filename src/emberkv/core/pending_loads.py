@@ -12,11 +12,11 @@ from emberkv.core.loading import (
     Load,
     LoadChoice,
     LoadDecision,
+    LoadWait,
     LookupStatus,
     LowerTiers,
     PendingLookup,
     StoredPartial,
-    Wait,
     choose,
     trim,
 )
@@ -26,7 +26,7 @@ from emberkv.errors import IntegrityError
 
 PROBE_EVERY = 32
 """One in so many loads that are expected to be too slow is begun all the same; otherwise a tier that has become faster
-would never be measured again. A load's patience bounds what that costs."""
+would never be measured again. `Load.break_even_seconds` bounds what that costs."""
 
 
 class LoadSavings:
@@ -126,7 +126,7 @@ class PendingLoads:
             self._waiting[load] = []
             self._by_hash.update(dict.fromkeys(load.block_hashes, load))
         covered = self._covered(load, sequence.chain, len(match.blocks), stop)
-        sequence.waits.append(Wait(load, len(match.blocks) + covered, decision.choice))
+        sequence.waits.append(LoadWait(load, len(match.blocks) + covered, decision.choice))
         self._waiting[load].append(sequence)
         return True
 
@@ -146,8 +146,8 @@ class PendingLoads:
         runs = lower.find(chain.block_hashes[first:stop], exact=cache.exact) if first < stop else []
         end = first + sum(run.count for run in runs)
         if end < stop and sequence.lookup is None and self._is_pending(lower, chain.block_hashes[end]):
-            patience = lower.recompute_seconds((stop - end) * chain.block_size)
-            return NOTHING_BELOW, PendingLookup(chain, end, stop, cache.exact, patience)
+            break_even_seconds = lower.recompute_seconds((stop - end) * chain.block_size)
+            return NOTHING_BELOW, PendingLookup(chain, end, stop, cache.exact, break_even_seconds)
         decision = savings.choose(runs)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
             decision = LoadDecision(LoadChoice.LOAD, trim(runs, decision.declined))
@@ -165,8 +165,8 @@ class PendingLoads:
         owner = chain.owner(cache.pool.blocks_for(len(chain)) - 1)
         blocks = cache.pool.reserve_for_load(count + (partial is not None), owner)
         cache.pool.free(match.blocks)
-        patience = savings.seconds(count, 0 if partial is None else saved)
-        return decision, Load(chain, first, decision.runs, blocks, patience, partial)
+        break_even_seconds = savings.seconds(count, 0 if partial is None else saved)
+        return decision, Load(chain, first, decision.runs, blocks, break_even_seconds, partial)
 
     def _checkpoint(self, savings: LoadSavings, decision: LoadDecision) -> tuple[StoredPartial | None, int]:
         """As `LoadSavings.checkpoint`, if it is to be loaded."""

@@ -99,12 +99,12 @@ class Lease:
             self._source, tokens = found
             self._cache.pool.pin([self._source])
             if self._cache.keeps_branches:
-                self._saved = self._cache.pool.saved_by(self._chain, self.num_committed, tokens)
+                self._saved = self._cache.pool.cached.saved_by(self._chain, self.num_committed, tokens)
             self.context_exact = self.context_exact and self._source.exact
             self.hit_tokens += tokens
             self._num_computed += tokens
         if self._cache.keeps_branches:
-            self._cache.pool.note_missing(self._chain, self.num_committed)
+            self._cache.pool.speculative.missing(self._chain.block_hashes, self.num_committed)
             self._branch = self._cache.branch(self._chain, self.num_committed)
             self._find_positions()
 
@@ -196,7 +196,7 @@ class Lease:
         while self._positions and start < self._positions[0] <= stop:
             at = self._positions[0]
             owner = self._chain.owner(at // self._cache.pool.block_size)
-            if has_room and self._cache.pool.is_worth_a_checkpoint(owner, self._kind(at)):
+            if has_room and self._cache.pool.speculative.is_worth(owner, self._kind(at)):
                 return at
             del self._positions[0]
         return stop
@@ -216,7 +216,7 @@ class Lease:
         if self._collided or not self.context_exact:
             return
         kind = self._kind(stop)
-        known = pool.known_partial(self._chain, at, count)
+        known = pool.cached.known_partial(self._chain, at, count)
         if known is not None:
             pool.keep_partial(known, kind)
             return

@@ -159,7 +159,7 @@ class Scheduler:
     def remove(self, block_hashes: Iterable[BlockHash]) -> int:
         """Forget cached blocks, and what of them is being loaded; how many were cached."""
         wanted = list(block_hashes)
-        self._loads.cancel_load([*wanted, *self.cache.pool.siblings_among(wanted)])
+        self._loads.cancel_load([*wanted, *self.cache.pool.cached.siblings_among(wanted)])
         self._waiting.forget_refusals()
         return self.cache.pool.remove(wanted)
 

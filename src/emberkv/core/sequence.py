@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from emberkv.core.block import BlockCopy, Match, MatchEnd
 from emberkv.core.hashing import Chain
-from emberkv.core.loading import NOTHING_BELOW, Admission, Load, LoadDecision, PendingLookup, Wait
+from emberkv.core.loading import NOTHING_BELOW, Admission, Load, LoadDecision, LoadWait, PendingLookup
 from emberkv.core.prefix_cache import Lease
 
 
@@ -63,7 +63,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, when first admitted
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    waits: list[Wait] = field(default_factory=list)
+    waits: list[LoadWait] = field(default_factory=list)
     lookup: PendingLookup | None = None
     load_decision: LoadDecision = NOTHING_BELOW
     admission: Admission | None = None

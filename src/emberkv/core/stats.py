@@ -7,7 +7,7 @@ from emberkv.core.loading import LoadChoice
 
 
 @dataclass(slots=True)
-class CacheStats:
+class SchedulerStats:
     """Tokens unless the name says otherwise."""
 
     query_tokens: int = 0  # prompt tokens of admitted sequences that were looked up

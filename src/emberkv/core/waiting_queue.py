@@ -1,5 +1,5 @@
 """The sequences that wait for admission, in lines that do not hold up one another. Between tenants, the next turn
-belongs to the tenant for whom the least was computed.
+belongs to the tenant with the fewest tokens computed.
 
 Turns follow virtual token counters ("Fairness in Serving Large Language Models", Sheng et al., OSDI 2024): each tenant
 has a counter of the tokens computed for it, divided by its weight, and the lowest counter is served next. A tenant that
@@ -55,7 +55,7 @@ class TokenCounters(Generic[K]):
 
 
 @dataclass(slots=True)
-class Usage:
+class Occupancy:
     """What running sequences occupy."""
 
     sequences: int = 0
@@ -73,7 +73,7 @@ class Claims:
     max_sequences: int
     num_blocks: int
     weights: Mapping[str, float]
-    usage: dict[str, Usage] = field(default_factory=dict)
+    usage: dict[str, Occupancy] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,7 +81,7 @@ class Claims:
     ) -> "Claims":
         claims = cls(max_sequences, num_blocks, weights)
         for sequence in running:
-            usage = claims.usage.setdefault(sequence.tenant, Usage())
+            usage = claims.usage.setdefault(sequence.tenant, Occupancy())
             usage.sequences += 1
             usage.blocks += len(sequence.held.blocks)
         return claims

@@ -20,16 +20,16 @@ from typing import Any, Generic, Protocol, TypeVar
 from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.explaining.explain import look_up
-from emberkv.core.explaining.explanation import Outcome
+from emberkv.core.explaining.explanation import CacheOutcome
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, CacheFeed, EventBatch, EventsLost, SnapshotChunk
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.loading import LatencyModel, LowerTiers
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import BACKGROUND_PRIORITY, SequenceStatus
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.engine.block_transfer import BlockTransfer, CachedRows, ImportedBlocks
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 from emberkv.tiers.manager import TierManager
 
 R = TypeVar("R")
@@ -67,7 +67,7 @@ class RemovedBlocks:
     """pool: blocks removed from the pool. tiers: the answers of the tiers, by name, which may wait for a disk."""
 
     pool: int
-    tiers: "Mapping[str, Future[Removed]]" = field(default_factory=dict)
+    tiers: "Mapping[str, Future[RemovalResult]]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class CachedTokens(Command[int]):
 class LookedUp:
     """hit_unit: hits are rounded down to a multiple of this many tokens. checkpoints: or end at a checkpoint."""
 
-    outcome: Outcome
+    outcome: CacheOutcome
     hit_unit: int
     checkpoints: bool = False
 
@@ -118,7 +118,7 @@ class PoolStatistics:
     in_use: blocks of running sequences and loads. cached: free blocks that are cache entries still. empty: the others.
     """
 
-    counters: CacheStats
+    counters: SchedulerStats
     total: int
     in_use: int
     cached: int
@@ -309,7 +309,7 @@ class CacheControl:
             removed = self._pool.num_cached
             self._pool.clear()
             return RemovedBlocks(removed, manager.clear() if manager is not None else {})
-        siblings = self._pool.siblings_among(command.block_hashes)  # asked before they are gone
+        siblings = self._pool.cached.siblings_among(command.block_hashes)  # asked before they are gone
         removed = self._scheduler.remove(command.block_hashes)
         wanted = [*command.block_hashes, *siblings]
         return RemovedBlocks(removed, manager.remove(wanted) if manager is not None else {})
@@ -325,13 +325,15 @@ class CacheControl:
         return [self._is_cached(block_hash) for block_hash in command.block_hashes]
 
     def _is_cached(self, block_hash: BlockHash) -> bool:
-        if self._pool.lookup(block_hash) is not None or self._pool.has_children(block_hash):
+        if self._pool.lookup(block_hash) is not None or self._pool.cached.has_children(block_hash):
             return True
         return self._lower is not None and bool(self._lower.find([block_hash], exact=False))
 
     def _statistics(self, command: Statistics) -> PoolStatistics:
         pool = self._pool
-        counters = CacheStats(**{each.name: copy.copy(getattr(pool.stats, each.name)) for each in fields(CacheStats)})
+        counters = SchedulerStats(
+            **{each.name: copy.copy(getattr(pool.stats, each.name)) for each in fields(SchedulerStats)}
+        )
         return PoolStatistics(
             counters,
             total=pool.num_blocks,

@@ -148,7 +148,7 @@ class EngineLoop:
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
         if tiers is not None:
-            tiers.on_ended = self._mailbox.nudge
+            tiers.on_ended = self._mailbox.wake
 
     @property
     def context_length(self) -> int:
@@ -209,7 +209,7 @@ class EngineLoop:
         )
         self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock(), masks))
         if masks is not None:
-            masks.on_ready(self._mailbox.nudge)
+            masks.on_ready(self._mailbox.wake)
 
     def _masks(self, request: GenerationRequest, answer: abc.Sequence[int]) -> AnswerMasks | None:
         """Those of the request's constraint, which begin to be compiled; None without one."""
@@ -427,6 +427,6 @@ def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int
         exported_blocks=stats.exported_blocks,
         imported_blocks=stats.imported_blocks,
         refused_imports=dict(stats.refused_imports),
-        tier_trouble=dict(tiers.trouble) if tiers is not None else {},
+        transfer_errors=dict(tiers.errors) if tiers is not None else {},
         pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
     )

@@ -64,7 +64,7 @@ class Mailbox:
         self._mail = Mail()
         self._active: dict[str, ActiveRequest] = {}
         self._stopping = False
-        self._nudged = False
+        self._woken = False
 
     def submit(self, active: ActiveRequest) -> None:
         """Raises DuplicateRequestError or EngineStoppedError."""
@@ -104,10 +104,10 @@ class Mailbox:
         with self._changed:
             return self._active.get(request_id)
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """End the wait that `collect` is in, or else the next one."""
         with self._changed:
-            self._nudged = True
+            self._woken = True
             self._changed.notify()
 
     def stop(self) -> None:
@@ -117,13 +117,13 @@ class Mailbox:
             self._changed.notify()
 
     def collect(self, timeout: float | None) -> Mail | None:
-        """What has come in, after a wait for mail or a nudge of at most ``timeout`` seconds, None being without end.
+        """What has come in, after waiting for mail or `wake`, for at most ``timeout`` seconds; None: for ever.
 
         None after `stop`.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._mail or self._stopping or self._nudged, timeout)
-            self._nudged = False
+            self._changed.wait_for(lambda: self._mail or self._stopping or self._woken, timeout)
+            self._woken = False
             if self._stopping:
                 return None
             mail, self._mail = self._mail, Mail()

@@ -158,11 +158,11 @@ class GenerationRequest:
     salt: bytes mixed into the block hashes of the prompt's blocks from where its public beginning ends; only equal
     salts share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants. session_id:
     groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
-    how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
-    may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can; "": any.
-    seq_id: of a sequence whose keys and values are asked for later, by the tenant and this id; "": of none.
+    how many are to be evicted only after others for ``retain_seconds``, as far as there is room. allowed_tokens: which
+    tokens its answer may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can;
+    "": any. seq_id: of a sequence whose keys and values are asked for later, by the tenant and this id; "": of none.
     borders: the numbers of tokens behind which other prompts are expected to part from this one, such as that of its
-    system prompt; a wish, for engines whose hits end at checkpoints.
+    system prompt. Engines whose hits end at checkpoints may leave one there.
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
@@ -272,10 +272,11 @@ request ends, and it is called no more.
 class EngineStats:
     """A snapshot for metrics. What follows ``loads`` counts up from the engine's start.
 
-    load_choices: admissions that looked below the pool, by what was decided (`LoadChoice`). tier_trouble: blocks lost
-    between the pool and the tiers, by kind (`TierLink`). tiers: by name, fastest first, and stack: what they share;
-    empty and None without any. pool_bytes_by_owner: of cached blocks; empty without tenants. masks_ready, masks_waited:
-    of constrained answers, whether they were there when the sampler asked, or the engine's thread had to wait.
+    load_choices: admissions that looked below the pool, by what was decided (`LoadChoice`). transfer_errors: blocks
+    lost between the pool and the tiers, by kind (`TierLink`). tiers: by name, fastest first, and stack: what they
+    share; empty and None without any. pool_bytes_by_owner: of cached blocks; empty without tenants. masks_ready,
+    masks_waited: of constrained answers, whether they were there when the sampler asked, or the engine's thread had to
+    wait.
     """
 
     running: int = 0  # requests that hold blocks
@@ -304,7 +305,7 @@ class EngineStats:
     exported_blocks: int = 0
     imported_blocks: int = 0
     refused_imports: Mapping[str, int] = field(default_factory=dict)  # records, by what was wrong with them
-    tier_trouble: Mapping[str, int] = field(default_factory=dict)
+    transfer_errors: Mapping[str, int] = field(default_factory=dict)
     pool_bytes_by_owner: Mapping[str, int] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     stack: StackStats | None = None

@@ -20,7 +20,7 @@ from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.onboarding import Onboarding, Query, Records
 from emberkv.tiers.partial import PartialPlace
-from emberkv.tiers.stats import Troubles
+from emberkv.tiers.stats import ErrorCounts
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class TierLink:
     bit-equal to a cold prefill's are offloaded. clock: seconds. on_ended: called, on any thread, when
     `has_ended` may be True.
 
-    trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the block hash asked
-    for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it; and a ``lookup`` that no tier
+    errors: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the block hash asked
+    for, a ``size`` that no block has, ``timeout`` of a load, no ``memory`` to copy it; and a ``lookup`` that no tier
     answered in time.
     """
 
@@ -81,7 +81,7 @@ class TierLink:
     ) -> None:
         self.manager = manager
         self.on_ended: Callable[[], None] = lambda: None
-        self._troubles = Troubles(_log, "blocks between the pool and the tiers")
+        self._errors = ErrorCounts(_log, "blocks between the pool and the tiers")
         self._blocks = blocks
         self._step_tokens = step_tokens
         self._exact = exact
@@ -148,20 +148,20 @@ class TierLink:
         )
 
     def onboard(self, load: Load) -> None:
-        """Have a load's blocks read, for as long as its patience lasts, or `FIRST_LOAD_SECONDS` where it has none."""
+        """Have a load's blocks read, within its ``break_even_seconds``; `FIRST_LOAD_SECONDS` where none are known."""
 
         def done(records: Records) -> None:
             self._arrived.append((load, records))
             self.on_ended()
 
-        patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
+        seconds = FIRST_LOAD_SECONDS if load.break_even_seconds is None else load.break_even_seconds
         place = None
         if load.partial is not None:
             chain, position = load.chain, load.stop
             place = PartialPlace(chain.parent(position), chain.unsalted_parent(position), load.partial.count)
         began = self._clock()
         onboarding = self.manager.onboard(list(load.block_hashes), load.all_runs, done, partial=place)
-        self._pending[load] = _PendingLoad(load, onboarding, began, began + patience)
+        self._pending[load] = _PendingLoad(load, onboarding, began, began + seconds)
 
     def read(self, block_hashes: Sequence[BlockHash]) -> "Future[Records]":
         """Have blocks read that are not for the pool: those that the tiers have, up to the first that none has.
@@ -204,12 +204,13 @@ class TierLink:
 
         began = self._clock()
         query = self.manager.ask(list(lookup.block_hashes), done, exact=lookup.exact)
-        seconds = query.seconds if lookup.patience is None else min(query.seconds, lookup.patience)
+        limit = lookup.break_even_seconds
+        seconds = query.seconds if limit is None else min(query.seconds, limit)
         self._queries[lookup] = _PendingQuery(query, began + seconds)
 
     @property
-    def trouble(self) -> Counter[str]:
-        return self._troubles.counts
+    def errors(self) -> Counter[str]:
+        return self._errors.counts
 
     @property
     def has_ended(self) -> bool:
@@ -239,7 +240,7 @@ class TierLink:
         for pending in [each for each in self._pending.values() if each.deadline <= now]:
             del self._pending[pending.load]
             records = self.manager.cancel(pending.onboarding)
-            self._count("patience", 1)
+            self._count("timeout", 1)
             pending.load.took = now - pending.began
             results.append((pending.load, self._place(pending.load, records)))
         self._end_reads(now)
@@ -300,7 +301,7 @@ class TierLink:
         return False
 
     def _count(self, kind: str, blocks: int, detail: str = "") -> None:
-        self._troubles.count(kind, detail, times=blocks)
+        self._errors.count(kind, detail, times=blocks)
 
 
 class _Peeking:

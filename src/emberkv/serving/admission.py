@@ -9,7 +9,7 @@ from emberkv.serving.errors import RateLimitedError, TooManyRequestsError
 SECONDS_PER_MINUTE = 60.0
 
 
-class InFlight:
+class ConcurrencyLimit:
     """Bounds the answers that are made or wait at the same time. most: of all tenants together; None: they are not
     bounded here.
 

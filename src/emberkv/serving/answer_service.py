@@ -19,14 +19,14 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError
-from emberkv.serving.admission import InFlight, RateLimits, TenantLimits
+from emberkv.serving.admission import ConcurrencyLimit, RateLimits, TenantLimits
 from emberkv.serving.answers.answer import Answer, Echo, OutputParsing
 from emberkv.serving.answers.answer_memory import AnswerMemory, AnswerRecorder
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import MIN_MISS, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.dashboard import RecentTraffic, Turn, tokens_by_source
+from emberkv.serving.dashboard import AnsweredTurn, RecentTraffic, tokens_by_source
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.generated_sequences import GeneratedSequences
@@ -38,8 +38,8 @@ from emberkv.serving.request_context import (
     CacheSummary,
     EndedAnswer,
     RecentRequests,
+    RecentSessions,
     RequestContext,
-    Sessions,
     log_finished,
     session_id,
     summary_of,
@@ -65,11 +65,11 @@ class ResponseWriter(EventWriter, Protocol):
 class Prompt:
     """The prompt of one answer: token ids, and how they are continued.
 
-    retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. silent: the answer is
-    empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
-    stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
-    more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
-    system: the text of its system prompt, in which volatile lines are looked for. history, recorder, next_prompt,
+    retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. wants_no_tokens:
+    ``max_tokens`` is 0; the engine draws one token, because a prompt's last step ends with it, and the token is left
+    out. echo: stands before the answer, with log-probabilities where the request wants them. is_clipped: the request
+    asked for more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is
+    text. system: the text of its system prompt, in which volatile lines are looked for. history, recorder, next_prompt,
     borders: see `emberkv.serving.api.rendering.RenderedPrompt`.
     """
 
@@ -77,7 +77,7 @@ class Prompt:
     params: SamplingParams
     retain_tokens: int = 0
     retain_seconds: float = 0.0
-    silent: bool = False
+    wants_no_tokens: bool = False
     echo: Echo | None = None
     is_clipped: bool = False
     parsing: OutputParsing | None = None
@@ -131,7 +131,7 @@ class TextGenerator:
                     len(prompt.token_ids),
                     self._tokenizer.detokenizer(() if prompt.parsing is None else prompt.parsing.special_tokens),
                     prompt.params.stop,
-                    silent=prompt.silent,
+                    wants_no_tokens=prompt.wants_no_tokens,
                     echo=prompt.echo,
                     parsing=prompt.parsing,
                     min_tokens=prompt.params.min_tokens,
@@ -222,8 +222,8 @@ class AnswerService:
     recent: the last requests. generated: sequences of the model's own engine. sessions, traffic, tenant_metrics,
     volatile_lines: of ended requests. clock: monotonic seconds. wall_clock: seconds since 1970. recorder: records every
     request in a trace. request_timeout: seconds from the arrival of a request to the end of its answers; None: no
-    limit. max_requests: see `InFlight`. limits: of each tenant, by name. next_turn_tokens: how many tokens a minute
-    `NextTurns` computes.
+    limit. max_requests: see `ConcurrencyLimit`. limits: of each tenant, by name. next_turn_tokens: how many tokens a
+    minute `NextTurns` computes.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class AnswerService:
         next_turn_tokens: int = 0,
     ) -> None:
         self.recent = RecentRequests()
-        self.sessions = Sessions()
+        self.sessions = RecentSessions()
         self.traffic = RecentTraffic()
         self.generated = GeneratedSequences()
         self.volatile_lines = VolatileLines()
@@ -256,7 +256,7 @@ class AnswerService:
         self._recorder = recorder
         self._request_timeout = request_timeout
         self._stream_times = stream_times or StreamTimes()
-        self._in_flight = InFlight(max_requests)
+        self._in_flight = ConcurrencyLimit(max_requests)
         self.limits = TenantLimits(limits or {}, clock, self.tenant_metrics.limited)
         self._tracer = tracer
         self._next_turns = NextTurns(lifecycle, workers, tokens_a_minute=next_turn_tokens, clock=clock)
@@ -471,14 +471,14 @@ class AnswerService:
             self._trace(self._tracer, model, request, stream)
         self._observe(model, request, prompts, stream)
         if (reuse := self._lifecycle.reuse()) is not None:
-            reuse.settle()
+            reuse.apply_pending()
         self._compute_next_turn(request, prompts, stream)
 
     def _compute_next_turn(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
         (prompt, *others), answers = prompts, stream.answers
         if answers and not others and prompt.next_prompt is not None:
             (answer,) = answers
-            is_whole = answer.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.silent
+            is_whole = answer.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.wants_no_tokens
             if is_whole and not answer.calls:
                 self._next_turns.turn_ended(request, prompt.token_ids, answer.message, prompt.next_prompt)
         self._next_turns.begin_if_idle()
@@ -491,5 +491,5 @@ class AnswerService:
         self, request: RequestContext, request_id: str, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
     ) -> None:
         tokens = tokens_by_source(answer.usage)
-        self.traffic.count(request, Turn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
+        self.traffic.count(request, AnsweredTurn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
         log_finished(request, request_id, answer, timer, summary)

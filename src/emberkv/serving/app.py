@@ -29,7 +29,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
 from emberkv.serving.event_stream import StreamTimes
-from emberkv.serving.lifecycle import Lifecycle, Phase
+from emberkv.serving.lifecycle import Lifecycle, ServerPhase
 from emberkv.serving.metrics import (
     AnswerMemoryCollector,
     BuildCollector,
@@ -57,10 +57,10 @@ class ServingSettings:
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
-    stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`. gateways: how many
-    share the load evenly; each enforces its part of the tenants' rate limits. answer_memory: whether answers are
-    remembered, see `emberkv.serving.api.splicing`. next_turn_tokens: how many tokens `NextTurns` computes in a minute;
-    0: none.
+    stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `ConcurrencyLimit`. gateways:
+    how many share the load evenly; each enforces its part of the tenants' rate limits. answer_memory: whether answers
+    are remembered, see `emberkv.serving.api.splicing`. next_turn_tokens: how many tokens `NextTurns` computes in a
+    minute; 0: none.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -259,13 +259,13 @@ def _status_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        if lifecycle.phase is Phase.FAILED:
+        if lifecycle.phase is ServerPhase.FAILED:
             return JSONResponse({"status": "failed", "detail": lifecycle.detail}, status_code=503)
         return JSONResponse({"status": "alive"})
 
     @router.get("/ready")
     async def ready() -> Response:
-        is_ready = lifecycle.phase in (Phase.READY, Phase.IDLE)
+        is_ready = lifecycle.phase in (ServerPhase.READY, ServerPhase.IDLE)
         body = {
             "ready": is_ready,
             "status": lifecycle.phase.value,

@@ -32,7 +32,7 @@ _KEPT_TIMES = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class AnsweredTurn:
     """One answered prompt. tokens: of the prompt, by where they came from. ttft: seconds; None without a token.
     at: seconds since 1970, when it ended.
     """
@@ -58,9 +58,9 @@ class RecentTraffic:
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
         self._minutes: OrderedDict[int, _Minute] = OrderedDict()
-        self._sessions: OrderedDict[tuple[str, str], deque[Turn]] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, str], deque[AnsweredTurn]] = OrderedDict()
 
-    def count(self, request: RequestContext, turn: Turn) -> None:
+    def count(self, request: RequestContext, turn: AnsweredTurn) -> None:
         """Count a prompt whose answer has ended."""
         self.tokens.update(turn.tokens)
         minute = self._minutes.setdefault(int(turn.at // 60), _Minute())
@@ -153,7 +153,7 @@ def dashboard_router(
             "tokens": traffic.tokens,
             "ttft": traffic.times(now),
             "memory": _memory(stats),
-            "other_sizes": [] if reuse is None else reuse.figures(),
+            "other_sizes": [] if reuse is None else reuse.as_json(),
             "sessions": traffic.sessions(),
             "suggestions": [] if volatile_lines is None else [each.as_json() for each in volatile_lines.suggestions()],
             "workers": [] if workers is None else workers(),

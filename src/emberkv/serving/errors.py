@@ -78,7 +78,7 @@ class RequestTimeoutError(EmberError):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class HttpFailure:
     """A failure as an HTTP status and a message, which each API puts into its own error body.
 
     overflow: a prompt that is too long, which each API words as its clients expect it. limited: "requests" or "tokens"
@@ -132,10 +132,10 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Exception) -> HttpFailure:
     """The failure that the client is sent. Of an error that is not emberkv's own, it shows no detail."""
     if isinstance(error, HTTPException):
-        return Failure(error.status_code, str(error.detail), headers=error.headers or {})
+        return HttpFailure(error.status_code, str(error.detail), headers=error.headers or {})
     for kind, status, code in _KINDS:
         if isinstance(error, kind):
             param = error.param if isinstance(error, RequestError) else None
@@ -144,11 +144,11 @@ def failure_of(error: Exception) -> Failure:
                 headers = {"retry-after": str(max(1, ceil(error.retry_after)))}
             overflow = error if isinstance(error, PromptTooLongError) else None
             limited = error.kind if isinstance(error, RateLimitedError) else ""
-            return Failure(status, str(error), code, param, headers, overflow, limited)
-    return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
+            return HttpFailure(status, str(error), code, param, headers, overflow, limited)
+    return HttpFailure(500, "an internal error occurred; the server's log has the details", "internal_error")
 
 
-def failure_mid_stream(error: Exception) -> Failure:
+def failure_mid_stream(error: Exception) -> HttpFailure:
     """As ``failure_of``, for an answer that has begun. The error is logged here, because no caller handles it."""
     failure = failure_of(error)
     if not isinstance(error, EmberError):
@@ -156,20 +156,20 @@ def failure_mid_stream(error: Exception) -> Failure:
     return failure
 
 
-def openai_error(failure: Failure) -> dict[str, Any]:
+def openai_error(failure: HttpFailure) -> dict[str, Any]:
     kind = failure.limited or ("server_error" if failure.status >= 500 else "invalid_request_error")
     message = _openai_overflow(failure.overflow) if failure.overflow else failure.message
     return {"error": {"message": message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
-def anthropic_error(failure: Failure) -> dict[str, Any]:
+def anthropic_error(failure: HttpFailure) -> dict[str, Any]:
     default = "api_error" if failure.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if failure.limited else _ANTHROPIC_TYPES.get(anthropic_status(failure), default)
     message = _anthropic_overflow(failure.overflow) if failure.overflow else failure.message
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def anthropic_status(failure: Failure) -> int:
+def anthropic_status(failure: HttpFailure) -> int:
     """The HTTP status by which the API's clients know what to do."""
     return failure.status if failure.limited else _ANTHROPIC_STATUS.get(failure.status, failure.status)
 

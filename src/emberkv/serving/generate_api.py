@@ -163,7 +163,7 @@ def worker_routers(store: KVTensorStore, worker_id: str) -> list[RouterFactory]:
     ]
 
 
-class SequencePlaces(Protocol):
+class SequencePlacement(Protocol):
     """Which worker of a cluster a sequence belongs to."""
 
     def draw(self, prompt: Prompt, tenant: Tenant) -> str:
@@ -175,12 +175,12 @@ class SequencePlaces(Protocol):
         ...
 
 
-def generate_router(parts: AppParts, places: SequencePlaces | None = None) -> APIRouter:
-    """places: draws a ``seq_id`` where a request has none, and says which worker is to answer; None: each request must
-    have one, and is answered here.
+def generate_router(parts: AppParts, placement: SequencePlacement | None = None) -> APIRouter:
+    """placement: draws a ``seq_id`` where a request has none, and says which worker is to answer; None: each request
+    must have one, and is answered here.
     """
     router = APIRouter(route_class=DetailRoute)
-    kind = NamedGenerateRequest if places is None else GenerateRequest
+    kind = NamedGenerateRequest if placement is None else GenerateRequest
 
     @router.post("/generate")
     async def generate(http: Request, tenant: Annotated[Tenant, Depends(parts.keys.tenant)]) -> Response:
@@ -189,14 +189,14 @@ def generate_router(parts: AppParts, places: SequencePlaces | None = None) -> AP
 
         await ensure_model(parts.lifecycle)
         request, prompt = await parts.preparer.prepare(prepare, await http.body(), tenant)
-        if places is not None and request.seq_id is None and prompt is not None:
-            seq_id = places.draw(prompt, tenant)
+        if placement is not None and request.seq_id is None and prompt is not None:
+            seq_id = placement.draw(prompt, tenant)
         else:
             seq_id = request.seq_id or str(uuid.uuid4())
         writer = GenerateWriter(seq_id, request.prompt, end_token_of(parts.lifecycle.model().tokenizer))
         if prompt is None:
             return Response(writer.start() + writer.done(), media_type="text/event-stream")
-        worker = "" if places is None else places.worker(seq_id)
+        worker = "" if placement is None else placement.worker(seq_id)
         context = replace(parts.answers.request(http, "generate", tenant), session=seq_id, worker=worker, seq_id=seq_id)
         stream = parts.answers.start([prompt], context)
         return await parts.answers.respond(http, stream, writer, as_events=True, has_late_headers=True)

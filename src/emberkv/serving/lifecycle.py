@@ -32,7 +32,7 @@ UNLOAD_SECONDS = 60.0
 """How long running answers may take to finish when the model is to be unloaded."""
 
 
-class Phase(Enum):
+class ServerPhase(Enum):
     IDLE = "idle"  # no model is loaded, and the next request loads it
     UNLOADING = "unloading"
     LOADING = "loading"
@@ -128,8 +128,8 @@ if too little was missed for that.
 """
 
 
-class Places(Protocol):
-    """The workers of a gateway, as places to compute next prompts at."""
+class AnsweringWorkers(Protocol):
+    """The workers of a gateway that have answered requests, at which the next prompts can be computed."""
 
     def worker_of(self, request_id: str) -> str:
         """The worker that has answered a request, and has its blocks; "" where that is not known."""
@@ -154,14 +154,14 @@ class ServedModel:
     it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does. cache: what it has
     cached; None where that is not looked into. public: the prefixes that all tenants share. about: how it is computed,
     as short words by name ("dtype": "bfloat16"), for metrics. sampling_defaults: the model's, for what requests do not
-    set. dims: its size, for those who ask what is loaded. headers: further headers of the answer to a request, by the
-    request's id in the engine. assembled: the engine with its parts, where it is in this process. fingerprint: of
+    set. dims: its size, for routes that report what is loaded. headers: further headers of the answer to a request, by
+    the request's id in the engine. assembled: the engine with its parts, where it is in this process. fingerprint: of
     weights and config. on_overflow: whether a ``max_tokens`` that, with the prompt, exceeds the context is clipped to
     the rest of it, or refused. output_format: how it writes reasoning and tool calls. answer_memory: a tenant's
     answers, where they are remembered. rewrites_turns: whether the user's next question makes its chat template render
     earlier turns in another way. takes_borders: whether the engine leaves checkpoints at a prompt's borders.
-    first_difference: of requests that a worker answers; places: where their next prompts are computed; None of a model
-    in this process.
+    first_difference: of requests that a worker answers. answering_workers: at which their next prompts are computed;
+    both are None of a model in this process.
     """
 
     names: tuple[str, ...]
@@ -184,7 +184,7 @@ class ServedModel:
     rewrites_turns: bool = False
     takes_borders: bool = False
     first_difference: FirstDifference | None = None
-    places: Places | None = None
+    answering_workers: AnsweringWorkers | None = None
 
     def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
         """The model as a tenant sees it: nothing is faster because another has sent it. memory: of all tenants."""
@@ -229,7 +229,7 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.background = Background()
-        self.phase = Phase.LOADING
+        self.phase = ServerPhase.LOADING
         self.detail = "the model is being loaded"
         self._model: ServedModel | None = None
         self._host: ModelHost | None = None
@@ -248,18 +248,18 @@ class Lifecycle:
     def loaded(self, model: ServedModel, *, warming: bool = False) -> None:
         """The model can be used from now on. warming: readiness waits for `warmed`."""
         self._model = model
-        if self.phase is Phase.LOADING and warming:
-            self.phase, self.detail = Phase.WARMING, "the model is loaded; prompts are being warmed"
-        elif self.phase is Phase.LOADING:
+        if self.phase is ServerPhase.LOADING and warming:
+            self.phase, self.detail = ServerPhase.WARMING, "the model is loaded; prompts are being warmed"
+        elif self.phase is ServerPhase.LOADING:
             self._ready(model.names[0])
 
     def warmed(self) -> None:
         """Readiness waits no longer."""
-        if self.phase is Phase.WARMING:
+        if self.phase is ServerPhase.WARMING:
             self._ready(self.model().names[0])
 
     def _ready(self, served: str) -> None:
-        self.phase, self.detail = Phase.READY, f"serving {served}"
+        self.phase, self.detail = ServerPhase.READY, f"serving {served}"
 
     def has_workers(self, is_up: bool, served: str = "", *, is_idle: bool = False) -> None:
         """Whether there is anything that answers, where that is elsewhere and comes and goes.
@@ -267,18 +267,18 @@ class Lifecycle:
         served: what it answers for, where no model is loaded here. is_idle: whether there is something that would load
         its model on demand.
         """
-        if self.phase not in (Phase.IDLE, Phase.LOADING, Phase.WARMING, Phase.READY):
+        if self.phase not in (ServerPhase.IDLE, ServerPhase.LOADING, ServerPhase.WARMING, ServerPhase.READY):
             return
-        if is_up and self.phase in (Phase.IDLE, Phase.LOADING) and (self._model is not None or served):
+        if is_up and self.phase in (ServerPhase.IDLE, ServerPhase.LOADING) and (self._model is not None or served):
             self._ready(served if self._model is None else self._model.names[0])
         elif not is_up and is_idle:
             self._idle_without_model()
-        elif not is_up and self.phase is not Phase.LOADING:
-            self.phase, self.detail = Phase.LOADING, "no worker is up"
+        elif not is_up and self.phase is not ServerPhase.LOADING:
+            self.phase, self.detail = ServerPhase.LOADING, "no worker is up"
 
     def failed(self, reason: str) -> None:
         """The model cannot be loaded."""
-        self.phase, self.detail = Phase.FAILED, reason
+        self.phase, self.detail = ServerPhase.FAILED, reason
 
     def on_demand(self, host: ModelHost) -> None:
         """The server begins without a model: the first request that needs one has ``host`` load it."""
@@ -286,16 +286,16 @@ class Lifecycle:
         self._idle_without_model()
 
     def _idle_without_model(self, problem: str = "") -> None:
-        self.phase = Phase.IDLE
+        self.phase = ServerPhase.IDLE
         self.detail = f"no model is loaded; the next request loads it{problem}"
 
     async def ensure_model(self) -> None:
         """Have the model loaded on demand; at once where it is loaded, or is not loaded on demand. Others may wait for
         the same model. Raises what `ModelHost.load` raises.
         """
-        if self._host is not None and (self._model is None or self.phase is Phase.UNLOADING):
+        if self._host is not None and (self._model is None or self.phase is ServerPhase.UNLOADING):
             await _to_the_end(self._load(self._host))
-        elif self.wake is not None and self.phase in (Phase.IDLE, Phase.LOADING):
+        elif self.wake is not None and self.phase in (ServerPhase.IDLE, ServerPhase.LOADING):
             await self.wake()
 
     async def unload_model(self) -> None:
@@ -309,21 +309,21 @@ class Lifecycle:
 
     async def _load(self, host: ModelHost) -> None:
         async with self._switching:
-            if self.phase is not Phase.IDLE:
+            if self.phase is not ServerPhase.IDLE:
                 return
-            self.phase, self.detail = Phase.LOADING, "the model is being loaded"
+            self.phase, self.detail = ServerPhase.LOADING, "the model is being loaded"
             try:
                 await _on_a_thread(host.load)
             except Exception as error:
-                if self.phase is Phase.LOADING:
+                if self.phase is ServerPhase.LOADING:
                     self._idle_without_model(f" (it failed before: {error})")
                 raise
 
     async def _unload(self, host: ModelHost) -> None:
         async with self._switching:
-            if self._model is None or self.phase not in (Phase.WARMING, Phase.READY):
+            if self._model is None or self.phase not in (ServerPhase.WARMING, ServerPhase.READY):
                 return
-            self.phase, self.detail = Phase.UNLOADING, "the model is being unloaded"
+            self.phase, self.detail = ServerPhase.UNLOADING, "the model is being unloaded"
             await self._wait_idle(UNLOAD_SECONDS)
             self.interrupt_answers()
             await self._wait_idle(5.0)
@@ -331,7 +331,7 @@ class Lifecycle:
             for forget in self.on_unload:
                 forget()
             await _on_a_thread(host.unload)
-            if self.phase is Phase.UNLOADING:
+            if self.phase is ServerPhase.UNLOADING:
                 self._idle_without_model()
 
     @property
@@ -341,7 +341,7 @@ class Lifecycle:
     def model(self) -> ServedModel:
         """Raises NotReadyError before the model is loaded."""
         if self._model is None:
-            kind = ModelNotLoadedError if self.phase is Phase.IDLE else NotReadyError
+            kind = ModelNotLoadedError if self.phase is ServerPhase.IDLE else NotReadyError
             raise kind(f"the server cannot answer yet: {self.detail}")
         return self._model
 
@@ -369,7 +369,7 @@ class Lifecycle:
 
     def check_accepting(self) -> None:
         """Raises NotReadyError unless new answers may be started."""
-        if self.phase not in (Phase.WARMING, Phase.READY):
+        if self.phase not in (ServerPhase.WARMING, ServerPhase.READY):
             raise NotReadyError(f"the server takes no new requests: {self.detail}")
 
     @property
@@ -404,7 +404,7 @@ class Lifecycle:
 
         Interrupted answers end with their API's error event; ``grace`` seconds are theirs to send it.
         """
-        self.phase, self.detail = Phase.DRAINING, "the server is shutting down"
+        self.phase, self.detail = ServerPhase.DRAINING, "the server is shutting down"
         await self._wait_idle(seconds)
         self.interrupt_answers()
         await self._wait_idle(grace)

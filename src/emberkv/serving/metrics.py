@@ -198,8 +198,8 @@ def _loads(stats: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("emberkv_loads_running", "Loads from lower tiers in flight.", value=stats.loads)
     blocks = {"arrived": stats.loaded_blocks, "lost": stats.unloaded_blocks}
     yield labelled_counter("emberkv_load_blocks", "Blocks that loads were to bring.", "outcome", blocks)
-    lost = dict(sorted(stats.tier_trouble.items()))
-    yield labelled_counter("emberkv_transfer_troubles", "Blocks lost on their way.", "kind", lost)
+    lost = dict(sorted(stats.transfer_errors.items()))
+    yield labelled_counter("emberkv_transfer_errors", "Blocks lost on their way.", "kind", lost)
 
 
 def _transfers(stats: EngineStats) -> Iterator[Metric]:
@@ -232,7 +232,7 @@ def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
     kinds: tuple[tuple[str, str, str, Callable[[TierStats], Mapping[str, int]]], ...] = (
         ("skipped", "Blocks not stored.", "reason", lambda tier: tier.skipped),
         ("corrupt", "Blocks refused and removed.", "fault", lambda tier: tier.corrupt),
-        ("troubles", "Failures of the tier's storage.", "kind", lambda tier: tier.troubles),
+        ("errors", "Failures of the tier's storage.", "kind", lambda tier: tier.errors),
     )
     for name, text, label, counts in kinds:
         family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier", label])

@@ -24,7 +24,7 @@ from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import EmberError
 from emberkv.serving.background import WorkerPool
-from emberkv.serving.lifecycle import Lifecycle, Phase, Places, ServedModel
+from emberkv.serving.lifecycle import AnsweringWorkers, Lifecycle, ServedModel, ServerPhase
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.request_context import RequestContext
 
@@ -57,7 +57,7 @@ Conversation = tuple[str, str, int]
 """Tenant, session, and the beginning: side calls of a session, such as one for a title, are other conversations."""
 
 
-class Outcome(Enum):
+class NextTurnOutcome(Enum):
     """What became of a next prompt."""
 
     COMPUTED = "computed"
@@ -112,8 +112,8 @@ class NextTurns(Collector):
 
     A request that arrives ends the computation behind the step that the engine is in; what was computed stays cached,
     and the rest follows when the server is idle again. Of each conversation the latest turn alone waits. At a gateway
-    (`ServedModel.places`), all this is about the worker that has answered the turn, and `ClusterEngine` ends a
-    computation when another request goes to that worker.
+    (`ServedModel.answering_workers`), all this is about the worker that has answered the turn, and `ClusterEngine` ends
+    a computation when another request goes to that worker.
 
     tokens_a_minute: the most that are computed; 0: nothing is. clock: monotonic seconds.
     """
@@ -121,7 +121,7 @@ class NextTurns(Collector):
     def __init__(
         self, lifecycle: Lifecycle, workers: WorkerPool, *, tokens_a_minute: int, clock: Callable[[], float]
     ) -> None:
-        self.counts: Counter[Outcome] = Counter()
+        self.counts: Counter[NextTurnOutcome] = Counter()
         self.computed_tokens = 0
         self.interruptions = 0
         self._lifecycle = lifecycle
@@ -140,18 +140,18 @@ class NextTurns(Collector):
             return
         conversation = _conversation(request, render)
         if self._waiting.pop(conversation, None) is not None:
-            self.counts[Outcome.REPLACED] += 1
+            self.counts[NextTurnOutcome.REPLACED] += 1
         turn = _Turn(request, conversation, prompt, answer, render)
-        if (places := self._places) is not None:
-            turn.worker = places.worker_of(request.request_id)
-            turn.epoch = places.epoch_of(turn.worker)
+        if (workers := self._answering_workers) is not None:
+            turn.worker = workers.worker_of(request.request_id)
+            turn.epoch = workers.epoch_of(turn.worker)
             if turn.epoch is None:
-                self.counts[Outcome.WORKER_LOST] += 1
+                self.counts[NextTurnOutcome.WORKER_LOST] += 1
                 return
         self._waiting[conversation] = turn
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popitem(last=False)
-            self.counts[Outcome.QUEUE_FULL] += 1
+            self.counts[NextTurnOutcome.QUEUE_FULL] += 1
 
     def request_arrived(self, request: RequestContext, render: RenderNext | None) -> None:
         """A request goes before all that is computed here. What waits for its conversation is of no use any more."""
@@ -160,11 +160,11 @@ class NextTurns(Collector):
             return
         conversation = None if render is None else _conversation(request, render)
         if conversation is not None and self._waiting.pop(conversation, None) is not None:
-            self.counts[Outcome.REPLACED] += 1
+            self.counts[NextTurnOutcome.REPLACED] += 1
         if turn is not None:
             is_its_next = turn.conversation == conversation
             turn.is_stale = turn.is_stale or is_its_next
-            if self._places is not None and not is_its_next:
+            if self._answering_workers is not None and not is_its_next:
                 return
             turn.is_interrupted = True
             if turn.request_id:
@@ -176,25 +176,27 @@ class NextTurns(Collector):
             self._task = asyncio.get_running_loop().create_task(self._compute_all())
 
     @property
-    def _places(self) -> Places | None:
-        return self._lifecycle.model().places if self._lifecycle.has_model else None
+    def _answering_workers(self) -> AnsweringWorkers | None:
+        return self._lifecycle.model().answering_workers if self._lifecycle.has_model else None
 
     @property
     def _is_idle(self) -> bool:
-        is_serving = self._lifecycle.phase in (Phase.WARMING, Phase.READY)
-        return is_serving and (self._places is not None or not self._lifecycle.running)
+        is_serving = self._lifecycle.phase in (ServerPhase.WARMING, ServerPhase.READY)
+        return is_serving and (self._answering_workers is not None or not self._lifecycle.running)
 
     def _next(self) -> Conversation | None:
         """The first that waits; at a gateway, the first whose worker has nothing to do. Those are dropped whose worker
         is lost.
         """
-        places = self._places
-        if places is None:
+        workers = self._answering_workers
+        if workers is None:
             return next(iter(self._waiting))
-        for name in [name for name, turn in self._waiting.items() if places.epoch_of(turn.worker) != turn.epoch]:
+        for name in [name for name, turn in self._waiting.items() if workers.epoch_of(turn.worker) != turn.epoch]:
             del self._waiting[name]
-            self.counts[Outcome.WORKER_LOST] += 1
-        return next((name for name, turn in self._waiting.items() if places.free_tokens(turn.worker) is not None), None)
+            self.counts[NextTurnOutcome.WORKER_LOST] += 1
+        return next(
+            (name for name, turn in self._waiting.items() if workers.free_tokens(turn.worker) is not None), None
+        )
 
     async def _compute_all(self) -> None:
         work = self._lifecycle.background.work("next turns")
@@ -204,7 +206,7 @@ class NextTurns(Collector):
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             turn = self._waiting.pop(conversation)
-            outcome: Outcome | None = Outcome.FAILED
+            outcome: NextTurnOutcome | None = NextTurnOutcome.FAILED
             turn.is_interrupted = False
             self._current = turn
             try:
@@ -217,12 +219,12 @@ class NextTurns(Collector):
                 continue
             self.interruptions += 1
             if turn.is_stale or conversation in self._waiting:
-                self.counts[Outcome.REPLACED] += 1
+                self.counts[NextTurnOutcome.REPLACED] += 1
             else:
                 self._waiting[conversation] = turn
                 self._waiting.move_to_end(conversation, last=False)
 
-    async def _compute(self, turn: _Turn) -> Outcome | None:
+    async def _compute(self, turn: _Turn) -> NextTurnOutcome | None:
         """None: a request has interrupted it."""
         model = self._lifecycle.model()
         try:
@@ -231,29 +233,29 @@ class NextTurns(Collector):
                 return problem
             output = None if turn.is_interrupted else await self._last_output(model, turn)
         except EmberError:  # a template that refuses the next turn, a server that stops or has too much to do
-            return Outcome.FAILED
+            return NextTurnOutcome.FAILED
         if output is None or output.finish_reason is FinishReason.ABORT:
             return None
         if output.usage is None or output.finish_reason is FinishReason.ERROR:
-            return Outcome.FAILED
+            return NextTurnOutcome.FAILED
         self.computed_tokens += output.usage.computed_tokens
-        return Outcome.COMPUTED
+        return NextTurnOutcome.COMPUTED
 
-    def _problem(self, model: ServedModel, turn: _Turn) -> Outcome | None:
+    def _problem(self, model: ServedModel, turn: _Turn) -> NextTurnOutcome | None:
         if turn.missing <= 1:  # the last token of a prompt is always computed
-            return Outcome.NOTHING_TO_DO
+            return NextTurnOutcome.NOTHING_TO_DO
         if len(turn.tokens) >= model.engine.max_prompt_tokens:
-            return Outcome.TOO_LONG
+            return NextTurnOutcome.TOO_LONG
         if turn.missing * SHARE_OF_POOL > self._free_tokens(model, turn):
-            return Outcome.POOL_TOO_SMALL
+            return NextTurnOutcome.POOL_TOO_SMALL
         if not turn.is_charged and not self._budget.take(turn.missing):
-            return Outcome.OVER_BUDGET
+            return NextTurnOutcome.OVER_BUDGET
         turn.is_charged = True
         return None
 
     def _free_tokens(self, model: ServedModel, turn: _Turn) -> float:
-        if model.places is not None:
-            free = model.places.free_tokens(turn.worker)
+        if model.answering_workers is not None:
+            free = model.answering_workers.free_tokens(turn.worker)
             return inf if free is None else free  # it is not begun then, and waits again
         stats = model.engine.stats()
         return stats.free_blocks * stats.block_size
@@ -296,7 +298,7 @@ class NextTurns(Collector):
         counts = CounterMetricFamily(
             "emberkv_next_turn_prompts", "Next prompts of conversations, by what became of them.", labels=["outcome"]
         )
-        for outcome in Outcome:
+        for outcome in NextTurnOutcome:
             counts.add_metric([outcome.value], self.counts[outcome])
         yield counts
         yield GaugeMetricFamily(

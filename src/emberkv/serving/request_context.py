@@ -15,7 +15,7 @@ from textwrap import TextWrapper
 from typing import Any, Protocol
 
 from emberkv.core.events import POOL
-from emberkv.core.explaining.explanation import Explanation, Reason
+from emberkv.core.explaining.explanation import Explanation, MissReason
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
@@ -135,7 +135,7 @@ def _shortened(session: str) -> str:
     return session if len(session) <= MAX_ID_LENGTH else sha256(session.encode()).hexdigest()[:32]
 
 
-class Sessions:
+class RecentSessions:
     """Statistics of the last ``limit`` sessions, kept for each tenant separately."""
 
     def __init__(self, limit: int = MAX_SESSIONS) -> None:
@@ -185,7 +185,7 @@ class CacheSummary:
     hit: int
     by_tier: Mapping[str, int]
     miss: int
-    why: Reason | None = None
+    why: MissReason | None = None
     at: int = 0
 
     def __str__(self) -> str:
@@ -206,7 +206,7 @@ def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSumma
     dominant = None if explanation is None else explanation.dominant
     if explanation is None or dominant is None:
         return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens)
-    diverged = explanation.divergence if dominant.reason is Reason.DIVERGED else None
+    diverged = explanation.divergence if dominant.reason is MissReason.DIVERGED else None
     at = dominant.start if diverged is None else diverged.position
     return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens, dominant.reason, at)
 
@@ -214,13 +214,13 @@ def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSumma
 def parse_summary(header: str) -> CacheSummary:
     """Raises RequestError for a text that is no such header."""
     match = _CACHE_HEADER_PATTERN.fullmatch(header)
-    if match is None or (match["why"] and match["why"] not in {reason.value for reason in Reason}):
+    if match is None or (match["why"] and match["why"] not in {reason.value for reason in MissReason}):
         raise RequestError(
             f"{CACHE_HEADER} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=CACHE_HEADER
         )
     pairs = (pair.split("=") for pair in match["tiers"].split(";")[1:])
     by_tier = {tier: int(tokens) for tier, tokens in pairs}
-    why = Reason(match["why"]) if match["why"] else None
+    why = MissReason(match["why"]) if match["why"] else None
     return CacheSummary(int(match["hit"]), by_tier, int(match["miss"]), why, int(match["at"] or 0))
 
 

@@ -19,7 +19,7 @@ from emberkv.errors import EmberError, RequestError, TensorError
 from emberkv.serving.app import AppParts
 from emberkv.serving.errors import SCOPE_KEY, error_response, failure_of, request_info
 from emberkv.serving.kv_tensors import KVTensorStore, Sequence, StoredLayer
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
 from emberkv.serving.request_context import MAX_ID_LENGTH
 from emberkv.serving.tenancy import Tenant
 from emberkv.tensors import TensorBytes, TensorFormat, from_json, to_json
@@ -235,7 +235,7 @@ def status_router(parts: AppParts, store: KVTensorStore, worker_id: str) -> APIR
 
     @router.get("/health")
     async def health() -> Response:
-        if lifecycle.phase is Phase.FAILED:
+        if lifecycle.phase is ServerPhase.FAILED:
             body = {"status": "failed", "worker_id": worker_id, "detail": lifecycle.detail}
             return JSONResponse(body, status_code=503)
         return JSONResponse({"status": "ok", "worker_id": worker_id})

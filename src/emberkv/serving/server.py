@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from emberkv.errors import ConfigError
-from emberkv.serving.errors import Failure, NotReadyError, anthropic_error, error_response, openai_error
+from emberkv.serving.errors import HttpFailure, NotReadyError, anthropic_error, error_response, openai_error
 from emberkv.serving.lifecycle import Lifecycle
 
 _log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refusal_response(self, status: int, message: str) -> bytes:
         url = getattr(self, "url", b"")
         shape = anthropic_error if url.startswith(b"/v1/messages") else openai_error
-        content = json.dumps(shape(Failure(status, message))).encode()
+        content = json.dumps(shape(HttpFailure(status, message))).encode()
         headers = [
             *self._state.default_headers,
             (b"content-type", b"application/json"),

@@ -54,7 +54,7 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class TemplateStudy:
     """The result for one template.
 
     steps: from each step of the tool loop to the next. question: from the answer to the user's next question. problem:
@@ -118,7 +118,7 @@ NAMES = (
 """The names of the conversation's messages in `Transition.differs_in`. Its tools count as part of the first."""
 
 
-def study_template(render: Render, encode: Callable[[str], Sequence[int]], *, with_thoughts: bool) -> Study:
+def study_template(render: Render, encode: Callable[[str], Sequence[int]], *, with_thoughts: bool) -> TemplateStudy:
     """Render the sample conversation turn by turn and compare.
 
     encode: text to token ids. If only the template is known, ``[ord(each) for each in text]`` compares characters.
@@ -130,8 +130,8 @@ def study_template(render: Render, encode: Callable[[str], Sequence[int]], *, wi
         transitions = [_transition(render, encode, messages, index, rest) for index in answers]
         within_loop = render(messages[: answers[1] + 2], True)
     except RequestError as error:
-        return Study(problem=str(error))
-    return Study(
+        return TemplateStudy(problem=str(error))
+    return TemplateStudy(
         tuple(transitions[:-1]),
         transitions[-1],
         shows_calls=within_loop.count("path") > render(messages[:2], True).count("path"),
@@ -184,7 +184,7 @@ def template_renderer(tokenizer: Tokenizer) -> Render:
     return render
 
 
-def study_tokenizer(tokenizer: Tokenizer, *, with_thoughts: bool) -> Study:
+def study_tokenizer(tokenizer: Tokenizer, *, with_thoughts: bool) -> TemplateStudy:
     """`study_template` with a model's own template and tokens."""
 
     def encode(text: str) -> Sequence[int]:
@@ -234,7 +234,7 @@ def agent_warnings(tokenizer: Tokenizer, context: int, *, reasons: bool) -> list
     return warnings
 
 
-def _lost(study: Study, with_thoughts: bool) -> str:
+def _lost(study: TemplateStudy, with_thoughts: bool) -> str:
     transitions = {"the next step of a tool loop": study.worst_step, "the next question": study.question}
     lost = (f"at {name} from {each.differs_in} on" for name, each in transitions.items() if each and not each.is_whole)
     what = "turns with thoughts" if with_thoughts else "turns"

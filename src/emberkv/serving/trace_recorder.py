@@ -70,7 +70,7 @@ def block_id(link: bytes) -> str:
 
 
 @dataclass(slots=True)
-class Turn:
+class RecordedTurn:
     """A request as one turn of its session. tokens: of its prompt and, once it has ended, its answer. ended: a time."""
 
     request: str
@@ -84,10 +84,12 @@ class SessionTurns:
     """The last `MAX_SESSIONS` sessions' last turns, by name and by where their content ends."""
 
     def __init__(self) -> None:
-        self._last: OrderedDict[str | bytes, Turn] = OrderedDict()
+        self._last: OrderedDict[str | bytes, RecordedTurn] = OrderedDict()
         self._unnamed = 0
 
-    def enter(self, request: str, session: str, tokens: int, links: list[bytes]) -> tuple[Turn, Turn | None]:
+    def enter(
+        self, request: str, session: str, tokens: int, links: list[bytes]
+    ) -> tuple[RecordedTurn, RecordedTurn | None]:
         """The place of a request that arrives, and the turn before.
 
         session: as the client names it, or "": then it is the one whose last turn's blocks the prompt begins with and
@@ -101,26 +103,26 @@ class SessionTurns:
         else:
             self._unnamed += 1
             name = f"unnamed-{self._unnamed}"
-        turn = Turn(request, name, before.number + 1 if before else 0, tokens)
+        turn = RecordedTurn(request, name, before.number + 1 if before else 0, tokens)
         if session:
             self._put(session, turn)
         self.reached(turn, tokens, links)
         return turn, before
 
-    def reached(self, turn: Turn, tokens: int, links: list[bytes]) -> None:
+    def reached(self, turn: RecordedTurn, tokens: int, links: list[bytes]) -> None:
         """The turn's content is now so long. links: of its full blocks."""
         turn.tokens = tokens
         if links:
             self._put(links[-1], turn)
 
-    def _by_content(self, tokens: int, links: list[bytes]) -> Turn | None:
+    def _by_content(self, tokens: int, links: list[bytes]) -> RecordedTurn | None:
         for link in reversed(links):
             turn = self._last.get(link)
             if turn is not None and turn.tokens < tokens:
                 return turn
         return None
 
-    def _put(self, key: str | bytes, turn: Turn) -> None:
+    def _put(self, key: str | bytes, turn: RecordedTurn) -> None:
         self._last[key] = turn
         self._last.move_to_end(key)
         if len(self._last) > 3 * MAX_SESSIONS:  # a name, a prompt's end and an answer's end each
@@ -167,7 +169,7 @@ class TakenRequest:
     reason: FinishReason | None = None
     unknown: int = 0
     links: list[bytes] = field(default_factory=list)
-    turn: Turn | None = None
+    turn: RecordedTurn | None = None
     after: Follows | None = None
 
 
@@ -317,7 +319,7 @@ class TraceRecorder:
                 except OSError as error:
                     raise _SinkError(error.strerror or type(error).__name__) from error
 
-    def _recorded(self, taken: TakenRequest, turn: Turn) -> RecordedRequest:
+    def _recorded(self, taken: TakenRequest, turn: RecordedTurn) -> RecordedRequest:
         prompt, known = len(taken.request.prompt_token_ids), len(taken.answer)
         answer = known + taken.unknown
         whole = taken.reason in (FinishReason.STOP, FinishReason.LENGTH)

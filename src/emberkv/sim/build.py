@@ -16,11 +16,11 @@ from emberkv.core.policies.eviction import EntryCost, make_policy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError
-from emberkv.sim.config import SimulationConfig, TierConfig
+from emberkv.sim.config import ModelledTierConfig, SimulationConfig
 from emberkv.sim.formatting import format_count, format_size
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
 from emberkv.sim.model_spec import ModelSpec, load_spec
-from emberkv.sim.outcome import Outcome
+from emberkv.sim.outcome import RequestOutcome
 from emberkv.sim.replica import Replica
 from emberkv.sim.roofline import Layout, Roofline
 from emberkv.sim.simulator import Outage, Progress, RandomOutages, RootOf, Simulator, outages
@@ -215,7 +215,7 @@ def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool, events_
     return PrefixCache(pool, alignment=alignment, batch_invariant=tails, enabled=config.prefix_caching)
 
 
-def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:
+def tier_of(tier: ModelledTierConfig, machine: Machine) -> ModelledTier:
     """An empty tier. Raises ConfigError where neither the configuration nor the hardware's profile knows its rates."""
     known = machine.profile.tiers.get(tier.name) if machine.profile is not None else None
     read, write, latency = tier.read_gb_per_s, tier.write_gb_per_s, tier.latency_us
@@ -297,7 +297,7 @@ def build(
     config: SimulationConfig,
     machine: Machine,
     source: Source,
-    emit: Callable[[Outcome], None],
+    emit: Callable[[RequestOutcome], None],
     progress: Progress,
     record: Recorder | None = None,
 ) -> Simulator:
@@ -341,7 +341,7 @@ def build(
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class SimulatedSystem:
     """What a simulation computed: model, hardware and replicas.
 
     model, hardware: None where three times (``rates``) stand for both. kv_bytes, kv_blocks: of one replica.
@@ -412,10 +412,10 @@ class About:
         return f"{names.capitalize()} {is_default}; {options} or the file's key simulation say otherwise."
 
 
-def about(config: SimulationConfig, machine: Machine) -> About:
+def about(config: SimulationConfig, machine: Machine) -> SimulatedSystem:
     model, profile = machine.model, machine.profile
     chosen = config.model_fields_set
-    return About(
+    return SimulatedSystem(
         version=__version__,
         model=None if model is None else model.name,
         weights=None if model is None else model.weights_dtype,

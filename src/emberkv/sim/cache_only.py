@@ -11,10 +11,10 @@ from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.policies import ReplicaState
 from emberkv.cluster.routing import Recorder, RoutingRequest
 from emberkv.core.hashing import BlockHash
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.sim.build import Machine, cache_of, root_of, routers_of
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.outcome import Outcome, Sessions, Status, cache_event
+from emberkv.sim.outcome import RequestOutcome, Sessions, Status, cache_event
 from emberkv.sim.simulator import PROGRESS_EVERY, Progress, SimulationEnd
 from emberkv.sim.timing import nanoseconds
 from emberkv.workload.request import Request, content_hashes
@@ -92,10 +92,10 @@ class Replay:
         self._stop_at = config.stop_at
 
     @property
-    def stats(self) -> list[list[CacheStats]]:
+    def stats(self) -> list[list[SchedulerStats]]:
         return [[cache.pool.stats] for cache in self._caches]
 
-    def run(self, source: Source, emit: Callable[[Outcome], None], progress: Progress) -> SimulationEnd:
+    def run(self, source: Source, emit: Callable[[RequestOutcome], None], progress: Progress) -> SimulationEnd:
         """Raises WorkloadError when the source does. Follow-ups come as if answers took the time that is `ASSUMED`."""
         now = 0.0
         try:
@@ -111,7 +111,7 @@ class Replay:
             return SimulationEnd(now, interrupted=True)
         return SimulationEnd(now, interrupted=False)
 
-    def admit(self, request: Request) -> Outcome:
+    def admit(self, request: Request) -> RequestOutcome:
         """Find what is cached of a prompt, keep the prompt, and what is known of its answer."""
         size = self._size
         root = self._root_of(request)
@@ -127,12 +127,12 @@ class Replay:
         hits = self._pass(replica, asked)
         arrival = nanoseconds(request.arrival_time)
         if hits is None or not request.prompt_tokens:
-            return Outcome(request, Status.REJECTED, arrival, turn=turn, replica=replica)
+            return RequestOutcome(request, Status.REJECTED, arrival, turn=turn, replica=replica)
         self._keep_answer(replica, request, root, blocks)
         cached = min(hits * size, request.prompt_tokens)
         self._states[replica].load += request.prompt_tokens - cached + request.output_tokens
         self._routed.publish(replica, self._caches[replica].pool)
-        return Outcome(
+        return RequestOutcome(
             request, Status.COMPLETED, arrival, output_tokens=request.output_tokens, turn=turn,
             event=cache_event(turn, request.prompt_tokens, cached), cached_tokens=cached,
             prefilled_tokens=request.prompt_tokens - cached, replica=replica,

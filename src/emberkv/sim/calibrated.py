@@ -13,7 +13,7 @@ from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, MeasuredWith, Overheads, TierRates
 from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.timing import Work
+from emberkv.sim.timing import StepWork
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Measurements:
     kernels that it was measured with.
 
     >>> from emberkv.sim.model_spec import load_spec
-    >>> linears, steps = [(1, 0.010), (64, 0.012)], [(Work(1, 100), 0.012), (Work(8, 800), 0.013)]
+    >>> linears, steps = [(1, 0.010), (64, 0.012)], [(StepWork(1, 100), 0.012), (StepWork(8, 800), 0.013)]
     >>> measured = Measurements(linears, steps, passes="one", memory_bytes=2**34)
     >>> profile = calibrated_profile("mine", "An example.", load_spec("qwen2.5-0.5b"), measured)
     >>> profile.memory_gib, profile.passes
@@ -40,7 +40,7 @@ class Measurements:
     """
 
     linears: Sequence[tuple[int, float]]
-    steps: Sequence[tuple[Work, float]]
+    steps: Sequence[tuple[StepWork, float]]
     passes: Literal["one", "each"]
     memory_bytes: int
     tiers: Mapping[str, TierRates] = field(default_factory=dict)

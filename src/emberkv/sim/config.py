@@ -70,13 +70,13 @@ class Rates(Strict):
     kv_bytes_per_token: Annotated[int, Field(ge=1, le=2**40)] = 131_072
 
 
-class TierConfig(Strict):
+class ModelledTierConfig(Strict):
     """A lower tier of each replica, or one that all replicas share.
 
     Rates that are not given are the hardware profile's for a tier of this name. keeps: whether its content outlives a
     replica that is lost; that of a shared tier always does.
 
-    >>> ram = TierConfig(name="ram", capacity="64GiB")
+    >>> ram = ModelledTierConfig(name="ram", capacity="64GiB")
     >>> ram.capacity // 2**30, ram.eviction
     (64, 'lru')
     """
@@ -183,7 +183,7 @@ class SimulationConfig(Strict):
     max_step_tokens: bounds.SomeTokens = 2048
     max_running: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     separate_long_prompts: bool = True
-    tiers: list[TierConfig] = Field(default_factory=list)
+    tiers: list[ModelledTierConfig] = Field(default_factory=list)
     outages: list[OutageConfig] = Field(default_factory=list)
     random_outages: RandomOutagesConfig | None = None
     max_retries: Annotated[int, Field(ge=0, le=1_000_000)] = 3

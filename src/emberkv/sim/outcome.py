@@ -36,7 +36,7 @@ class CacheEvent(Enum):
     # a later turn that found nothing, and whose prompt does not go on from what its session left
 
 
-class Turn(Enum):
+class TurnKind(Enum):
     """A request's place in its session, as far as this simulation has seen it."""
 
     FIRST = "first"  # or of no session
@@ -44,17 +44,17 @@ class Turn(Enum):
     UNEXPECTED = "unexpected"  # it does not
 
 
-def cache_event(turn: Turn, prompt_tokens: int, cached_tokens: int) -> CacheEvent:
+def cache_event(turn: TurnKind, prompt_tokens: int, cached_tokens: int) -> CacheEvent:
     """A hit exactly where something was cached, so that counting events and counting hits come to the same."""
     if cached_tokens and cached_tokens >= prompt_tokens - 1:
         return CacheEvent.FULL_HIT_NO_PREFILL_NEEDED
     if cached_tokens:
-        return CacheEvent.CROSS_REQUEST_HIT if turn is Turn.FIRST else CacheEvent.CONVERSATIONAL_HIT
-    return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT if turn is Turn.UNEXPECTED else CacheEvent.MISS_FULL
+        return CacheEvent.CROSS_REQUEST_HIT if turn is TurnKind.FIRST else CacheEvent.CONVERSATIONAL_HIT
+    return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT if turn is TurnKind.UNEXPECTED else CacheEvent.MISS_FULL
 
 
 @dataclass(slots=True)
-class Outcome:
+class RequestOutcome:
     """What became of a request. Times are in nanoseconds; None for what did not happen, or where nothing times it.
 
     first_token: of the attempt that succeeded, where replicas were lost. prefilled_tokens: prompt tokens that were
@@ -64,7 +64,7 @@ class Outcome:
     >>> from emberkv.workload.content import Content
     >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 3}
     >>> request = Request(request_id="a", arrival_time=1.0, content=Content(), **lengths)
-    >>> outcome = Outcome(request, Status.COMPLETED, 1_000_000_000, first_token=1_250_000_000)
+    >>> outcome = RequestOutcome(request, Status.COMPLETED, 1_000_000_000, first_token=1_250_000_000)
     >>> ttft_ms(outcome.arrival, outcome.first_token)
     250.0
     """
@@ -75,7 +75,7 @@ class Outcome:
     first_token: int | None = None
     completion: int | None = None
     output_tokens: int = 0
-    turn: Turn = Turn.FIRST
+    turn: TurnKind = TurnKind.FIRST
     event: CacheEvent | None = None
     cached_tokens: int = 0
     prefilled_tokens: int = 0
@@ -108,21 +108,21 @@ class Sessions:
 
     _left: dict[str, _LastTurn | None] = field(default_factory=dict)
 
-    def turn_of(self, request: Request, blocks: Sequence[BlockHash]) -> Turn:
+    def turn_of(self, request: Request, blocks: Sequence[BlockHash]) -> TurnKind:
         """To be called once for each request, when it arrives. blocks: the hashes of its prompt's full blocks."""
         session = request.session_id
         if not session:
-            return Turn.FIRST
+            return TurnKind.FIRST
         if session not in self._left:
             self._left[session] = None
-            return Turn.FIRST
+            return TurnKind.FIRST
         left = self._left[session]
         if left is None:
-            return Turn.CONTINUES
+            return TurnKind.CONTINUES
         goes_on = request.prompt_tokens > left.tokens and (
             not left.blocks or blocks[left.blocks - 1] == left.block_hash
         )
-        return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
+        return TurnKind.CONTINUES if goes_on else TurnKind.UNEXPECTED
 
     def completed(self, request: Request, blocks: Sequence[BlockHash], tokens: int) -> None:
         """A turn is complete. blocks: the hashes of the full blocks of its prompt and answer, of ``tokens`` tokens."""
@@ -181,7 +181,7 @@ class CsvRows:
         self._csv = csv.writer(file, lineterminator="\n")
         self._csv.writerow([*COLUMNS, *(f"{tier}_tokens" for tier in tiers)])
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: RequestOutcome) -> None:
         request, replica = outcome.request, outcome.replica
         self._csv.writerow([
             request.request_id, request.client_id, request.session_id, request.prompt_tokens,
@@ -190,7 +190,7 @@ class CsvRows:
             _blank(ttft_ms(outcome.arrival, outcome.first_token)),
             _blank(tpot_ms(outcome.first_token, outcome.completion, outcome.output_tokens)),
             _blank(e2e_ms(outcome.arrival, outcome.completion)),
-            str(outcome.turn is not Turn.FIRST).lower(), outcome.event.value if outcome.event else "",
+            str(outcome.turn is not TurnKind.FIRST).lower(), outcome.event.value if outcome.event else "",
             outcome.cached_tokens, outcome.prefilled_tokens, "" if replica is None else replica, outcome.preemptions,
             outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self._tiers),
         ])  # fmt: skip
@@ -252,7 +252,7 @@ class Rows:
     >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 3}
     >>> request = Request(request_id="a", arrival_time=1.0, content=Content(), **lengths)
     >>> rows = Rows()
-    >>> rows.add(Outcome(request, Status.REJECTED, arrival=1_000_000_000))
+    >>> rows.add(RequestOutcome(request, Status.REJECTED, arrival=1_000_000_000))
     >>> len(rows), rows[0].status.value, rows[0].first_token
     (1, 'rejected', None)
     """
@@ -272,13 +272,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self._arrival)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: RequestOutcome) -> None:
         self._arrival.append(outcome.arrival)
         self._first_token.append(NONE if outcome.first_token is None else outcome.first_token)
         self._completion.append(NONE if outcome.completion is None else outcome.completion)
         self._small.extend((
             outcome.request.prompt_tokens, outcome.output_tokens, STATUSES.index(outcome.status),
-            outcome.turn is not Turn.FIRST, NONE if outcome.event is None else EVENTS.index(outcome.event),
+            outcome.turn is not TurnKind.FIRST, NONE if outcome.event is None else EVENTS.index(outcome.event),
             outcome.cached_tokens, outcome.prefilled_tokens, NONE if outcome.replica is None else outcome.replica,
             outcome.preemptions, outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self.tiers),
         ))  # fmt: skip

@@ -61,12 +61,12 @@ MOST_BARS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlotLine:
     """One curve; x and y of equal length. None in y leaves a gap.
 
     color, dash: numbers; by default, that of the line among its plot's lines.
 
-    >>> line = Line("hit rate", x=[0.0, 1.0, 2.0], y=[0.5, None, 0.75])
+    >>> line = PlotLine("hit rate", x=[0.0, 1.0, 2.0], y=[0.5, None, 0.75])
     >>> line.color is None
     True
     """
@@ -83,7 +83,7 @@ class Axis:
     """share: shown as percent. start, stop: where the axis must begin and end; the values decide unless given.
 
     >>> axis = Axis("share of requests", share=True, start=0, stop=1)
-    >>> line_plot("hits", "Hit rates.", Axis("s"), axis, [Line("a", [0.0, 1.0], [0.2, 0.4])])[:15]
+    >>> line_plot("hits", "Hit rates.", Axis("s"), axis, [PlotLine("a", [0.0, 1.0], [0.2, 0.4])])[:15]
     '<svg role="img"'
     """
 
@@ -95,7 +95,7 @@ class Axis:
 
 
 def line_plot(
-    name: str, description: str, x: Axis, y: Axis, lines: Sequence[Line], marks: Mapping[str, float] | None = None
+    name: str, description: str, x: Axis, y: Axis, lines: Sequence[PlotLine], marks: Mapping[str, float] | None = None
 ) -> str:
     """Lines as an SVG element. name: unique on the page. description: what is read out for it.
     marks: vertical lines by what they stand for.
@@ -123,7 +123,7 @@ def bar_plot(name: str, description: str, x: Axis, y: Axis, bars: Mapping[str, S
     """
     if max(map(len, bars.values())) > MOST_BARS:
         order = Axis(f"{x.label}, the most loaded first")
-        falling = [Line(label, range(len(each)), sorted(each, reverse=True)) for label, each in bars.items()]
+        falling = [PlotLine(label, range(len(each)), sorted(each, reverse=True)) for label, each in bars.items()]
         return line_plot(name, description, order, y, falling)
 
     def draw(axes: Axes) -> None:

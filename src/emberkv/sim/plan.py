@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from emberkv.sim.build import About
+from emberkv.sim.build import SimulatedSystem
 from emberkv.sim.config import Targets
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.plan_times import Demand
-from emberkv.sim.summary import Load
+from emberkv.sim.summary import OfferedLoad
 
 MAX_UTILISATION = 0.8
 """Share of what replicas could serve at most up to which a plan loads them; beyond it, queues grow long."""
@@ -48,7 +48,7 @@ class SimulationFigures:
     p99_ttft: float
     p99_tpot: float | None
     requests_per_second: float
-    load: Load | None = None
+    load: OfferedLoad | None = None
     missed: tuple[str, ...] = ()
 
     @property
@@ -92,7 +92,7 @@ class Plan:
     pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share
     of that which recommended_size is for: the first in ``sizes`` that captures it, None where nothing can be reused.
     enough: bytes beyond which LRU finds no more. prefill_token, load_token: seconds to compute a prompt token, or to
-    fetch it from each kind of tier, in a prompt of mean length.
+    load it from each kind of tier, in a prompt of mean length.
 
     >>> import emberkv
     >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
@@ -102,7 +102,7 @@ class Plan:
     (1, 0.55, None)
     """
 
-    about: About
+    about: SimulatedSystem
     demand: Demand
     simulated_requests: int
     stop_at: float | None

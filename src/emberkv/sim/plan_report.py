@@ -6,7 +6,7 @@ from datetime import datetime
 from emberkv.sim import page
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.hardware import GIB
-from emberkv.sim.page import Axis, Line, line_plot, named_bars
+from emberkv.sim.page import Axis, PlotLine, line_plot, named_bars
 from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
 
 
@@ -62,9 +62,9 @@ def _figures(plan: Plan) -> Iterator[tuple[str, str, str | None]]:
 def _by_size(plan: Plan) -> tuple[str, str, str]:
     sizes = [point.bytes / GIB for point in plan.sizes]
     lines = [
-        Line(plan.eviction.upper(), sizes, [point.hit_rate for point in plan.sizes]),
-        Line("best possible", sizes, [point.best_possible for point in plan.sizes]),
-        Line("unlimited", [sizes[0], sizes[-1]], [plan.unlimited, plan.unlimited]),
+        PlotLine(plan.eviction.upper(), sizes, [point.hit_rate for point in plan.sizes]),
+        PlotLine("best possible", sizes, [point.best_possible for point in plan.sizes]),
+        PlotLine("unlimited", [sizes[0], sizes[-1]], [plan.unlimited, plan.unlimited]),
     ]
     marks = {"one replica": plan.pool_bytes / GIB}
     words = f"One cache of each size finds this share of prompt tokens; a replica has {format_size(plan.pool_bytes)}"

@@ -1,7 +1,7 @@
 """Times and rates from formulas, for the set-ups that a plan does not simulate.
 
 First token: what a request costs outside the scheduler, computing the part of its prompt that is not cached, alone on
-the machine, and fetching the part that a lower tier has; no queueing. Most requests a second: the inverse of a
+the machine, and loading the part that a lower tier has; no queueing. Most requests a second: the inverse of a
 request's share of the machine, which is computing that part and, for each token of the answer, its share of a decode
 step of as many sequences as the pool holds. Every prompt is taken to be cached to the same share.
 """
@@ -125,7 +125,7 @@ class Formulas:
         return fsum(self.prefill(0, prompt) for prompt, _ in self._demand.sample) / max(1, tokens)
 
     def load(self, rates: TierRates, tokens: float) -> float:
-        """Seconds to fetch the state of ``tokens`` from a tier."""
+        """Seconds to load the state of ``tokens`` from a tier."""
         if not tokens:
             return 0.0
         bytes_per_token = self._machine.block_bytes / self._machine.block_size

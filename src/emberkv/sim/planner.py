@@ -7,7 +7,15 @@ from typing import Any
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.build import Machine, about, machine_of, root_of
-from emberkv.sim.config import SimulationConfig, Targets, TierConfig, Workload, WorkloadSource, opened, with_changes
+from emberkv.sim.config import (
+    ModelledTierConfig,
+    SimulationConfig,
+    Targets,
+    Workload,
+    WorkloadSource,
+    opened,
+    with_changes,
+)
 from emberkv.sim.curves import Access, Hits, LRUCurve, Optimal, SampledReplay, accesses, first_requests, replay
 from emberkv.sim.formatting import format_count, format_size, format_tier
 from emberkv.sim.plan import MAX_UTILISATION, Plan, SetUpPoint, SimulationFigures, SizePoint
@@ -292,7 +300,7 @@ class Planner:
         lower = f" with {format_size(point.tier_bytes)} of {format_tier(point.tier)} each" if point.tier else ""
         what = f"simulating {format_count(point.replicas, 'replica')}{lower}"
         self._on_progress(what)
-        tiers = [TierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
+        tiers = [ModelledTierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
         tiers += [tier for tier in self._config.tiers if tier.shared and tier.name != point.tier]
         changes = {"replicas": point.replicas, "tiers": tiers, "outages": [], "stop_at": self._stop_at}
 

@@ -13,9 +13,9 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.loading import LatencyModel, Load
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import Sequence as SchedulerSequence
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.errors import RequestError
-from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
+from emberkv.sim.outcome import RequestOutcome, Status, TurnKind, cache_event
 from emberkv.sim.tiers import ModelledTiers, Transfer
 from emberkv.sim.timing import NANOSECONDS, Step, StepClock
 from emberkv.workload.request import ContentChain, Request
@@ -47,7 +47,7 @@ class SimulatedRequest:
     request: Request
     arrival: int
     chain: ContentChain
-    turn: Turn = Turn.FIRST
+    turn: TurnKind = TurnKind.FIRST
     sequence: SchedulerSequence | None = None
     first_token: int | None = None
     prefilled_tokens: int = 0
@@ -74,15 +74,15 @@ class SimulatedRequest:
         self.sequence = SchedulerSequence(self.request.request_id, self.chain, self.max_new_tokens, tenant=self.tenant)
         return self.sequence
 
-    def outcome(self, status: Status, completion: int | None = None) -> Outcome:
+    def outcome(self, status: Status, completion: int | None = None) -> RequestOutcome:
         sequence = self.sequence
         if sequence is None:
-            return Outcome(
+            return RequestOutcome(
                 self.request, status, self.arrival, turn=self.turn, replica=self.replica, retries=self.retries
             )
         admitted = status is Status.COMPLETED or sequence.lease is not None or sequence.num_preemptions > 0
         cached = sequence.cached_tokens
-        return Outcome(
+        return RequestOutcome(
             request=self.request,
             status=status,
             arrival=self.arrival,
@@ -132,7 +132,7 @@ class Replica:
     _inbox: list[SimulatedRequest] = field(default_factory=list)
     _transfers: dict[Load, Transfer] = field(default_factory=dict)
     _arrived: list[Transfer] = field(default_factory=list)
-    _past: list[CacheStats] = field(default_factory=list)
+    _past: list[SchedulerStats] = field(default_factory=list)
     _prefill: LatencyModel = field(default_factory=lambda: LatencyModel(half_life=RATE_STEPS))
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class Replica:
         return [*self._requests.values(), *self._inbox]
 
     @property
-    def stats(self) -> list[CacheStats]:
+    def stats(self) -> list[SchedulerStats]:
         """The cache's counters, one object for each time that the replica has started."""
         return [*self._past, self.scheduler.stats]
 

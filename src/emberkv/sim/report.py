@@ -11,7 +11,7 @@ from emberkv.sim.curves import CapacityCurve, capacity_curve
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share
 from emberkv.sim.hardware import GIB
 from emberkv.sim.outcome import Row, Rows, Status
-from emberkv.sim.page import Axis, Line, bar_plot, line_plot
+from emberkv.sim.page import Axis, PlotLine, bar_plot, line_plot
 from emberkv.sim.run import Results, compare
 from emberkv.sim.summary import percentile, ratio, rejected_sentence
 from emberkv.sim.timing import NANOSECONDS
@@ -49,9 +49,9 @@ class _ShownRun:
     def label(self, text: str) -> str:
         return f"{self.name}: {text}" if self.name else text
 
-    def line(self, text: str, x: Sequence[float], y: Sequence[float | None], kind: int) -> Line:
+    def line(self, text: str, x: Sequence[float], y: Sequence[float | None], kind: int) -> PlotLine:
         """kind: of the line among those of its run. Runs differ in colour and kinds in dash; of one run, both do."""
-        return Line(self.label(text), x, y, self.color if self.name else kind, kind)
+        return PlotLine(self.label(text), x, y, self.color if self.name else kind, kind)
 
 
 def figures_of(runs: Mapping[str, Results], curves: Sequence[CapacityCurve | None]) -> list[Figure]:
@@ -225,7 +225,7 @@ def _load(shown: Sequence[_ShownRun]) -> Figure:
 def _hit_rate_by_capacity(shown: Sequence[_ShownRun]) -> Figure:
     """Runs with equal blocks share one curve, with a mark for each run."""
     title = "Hit rate against capacity"
-    lines: list[Line] = []
+    lines: list[PlotLine] = []
     marks, captions, curves = {}, [], set[tuple[int, int]]()
     for run in shown:
         curve, machine = run.curve, run.results.machine

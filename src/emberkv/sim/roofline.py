@@ -12,7 +12,7 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GB, MICROSECOND, Curve, HardwareProfile
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
-from emberkv.sim.timing import Chunk, StepTerms, Work
+from emberkv.sim.timing import ChunkWork, StepTerms, StepWork
 
 MEGABYTE = 1e6
 
@@ -109,7 +109,7 @@ class Roofline:
 
     def decode_seconds(self, sequences: int, context: int) -> float:
         """Seconds of a step that decodes a token each for ``sequences``, attending to ``context`` tokens in all."""
-        return self.terms_of(Work(sequences, context)).total
+        return self.terms_of(StepWork(sequences, context)).total
 
     def explain(self, plan: StepPlan) -> dict[str, float]:
         """Seconds of a step by term; their sum is what `step_seconds` says."""
@@ -118,12 +118,12 @@ class Roofline:
     def terms(self, plan: StepPlan) -> StepTerms:
         return self.terms_of(self.work_of(plan))
 
-    def work_of(self, plan: StepPlan) -> Work:
+    def work_of(self, plan: StepPlan) -> StepWork:
         """The step in numbers. Where a step is one pass, adjacent chunks of a sequence are one."""
         context = sum(len(sequence.chain) for sequence in plan.decodes)
-        return Work(len(plan.decodes), context, _chunks_of(plan.prefills, joined=self._one_pass))
+        return StepWork(len(plan.decodes), context, _chunks_of(plan.prefills, joined=self._one_pass))
 
-    def overhead_counts(self, work: Work) -> dict[str, float]:
+    def overhead_counts(self, work: StepWork) -> dict[str, float]:
         """How often a step pays each of the `Overheads`."""
         passes = 1 if self._one_pass else len(work.chunks) + (work.sequences > 0)
         layers = passes * self.model.layers
@@ -137,7 +137,7 @@ class Roofline:
             "all_reduce": self._exchanges * layers,
         }
 
-    def terms_of(self, work: Work) -> StepTerms:
+    def terms_of(self, work: StepWork) -> StepTerms:
         sequences, context, chunks = work
         terms = StepTerms(step_overhead=self._overheads.step * MICROSECOND)
         terms.sequence_overhead = self._overheads.sequence * MICROSECOND * sequences
@@ -313,13 +313,13 @@ def _pairs(stop: int, window: int = 0) -> float:
     return window * (window + 1) / 2 + (stop - window) * window
 
 
-def _chunks_of(prefills: list[PrefillChunk], *, joined: bool) -> tuple[Chunk, ...]:
-    chunks: list[Chunk] = []
+def _chunks_of(prefills: list[PrefillChunk], *, joined: bool) -> tuple[ChunkWork, ...]:
+    chunks: list[ChunkWork] = []
     last = None
     for each in prefills:
         if joined and each.sequence is last and chunks[-1].stop == each.start:
-            chunks[-1] = Chunk(chunks[-1].start, each.stop, each.samples)
+            chunks[-1] = ChunkWork(chunks[-1].start, each.stop, each.samples)
         else:
-            chunks.append(Chunk(each.start, each.stop, each.samples))
+            chunks.append(ChunkWork(each.start, each.stop, each.samples))
         last = each.sequence
     return tuple(chunks)

@@ -12,16 +12,16 @@ from typing import Any, TextIO
 
 from emberkv.cluster.decision_log import DecisionLog
 from emberkv.cluster.routing import Recorder
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim import cache_only
-from emberkv.sim.build import About, Machine, about, build, machine_of
+from emberkv.sim.build import Machine, SimulatedSystem, about, build, machine_of
 from emberkv.sim.config import SimulationConfig, Workload, WorkloadSource, opened
 from emberkv.sim.formatting import format_rate, format_seconds, format_share
-from emberkv.sim.outcome import CsvRows, Outcome, Row, Rows, Status
+from emberkv.sim.outcome import CsvRows, RequestOutcome, Row, Rows, Status
 from emberkv.sim.replica import Series
 from emberkv.sim.simulator import Progress, SimulationEnd
-from emberkv.sim.summary import Load, load_of, percentiles, prefix_caching, summarize
+from emberkv.sim.summary import OfferedLoad, load_of, percentiles, prefix_caching, summarize
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 
 COLLECT_AFTER = 1_000_000
@@ -48,17 +48,17 @@ class Results:
     workload: Workload
     machine: Machine
     rows: Rows
-    stats: Sequence[Sequence[CacheStats]]
+    stats: Sequence[Sequence[SchedulerStats]]
     ending: SimulationEnd
     series: Series | None = None
     busy: Sequence[float] = ()
 
     @cached_property
-    def about(self) -> About:
+    def about(self) -> SimulatedSystem:
         return about(self.config, self.machine)
 
     @cached_property
-    def load(self) -> Load | None:
+    def load(self) -> OfferedLoad | None:
         """Whether the set-up keeps up; None where there was no time."""
         return None if self.config.cache_only else load_of(self.rows, self.config.replicas)
 
@@ -187,10 +187,10 @@ class _RareCollections(AbstractContextManager[None]):
 _rare_collections = _RareCollections()
 
 
-def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outcome], None]:
+def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[RequestOutcome], None]:
     """The function that takes outcomes; those of the warm-up are in neither rows nor table."""
 
-    def record(outcome: Outcome) -> None:
+    def record(outcome: RequestOutcome) -> None:
         if outcome.arrival >= warm_up:
             rows.add(outcome)
             if table is not None:

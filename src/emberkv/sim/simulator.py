@@ -12,7 +12,7 @@ from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.routing import Router, RoutingRequest
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
-from emberkv.sim.outcome import Outcome, Sessions, Status
+from emberkv.sim.outcome import RequestOutcome, Sessions, Status
 from emberkv.sim.replica import Replica, ReplicaSeries, Series, SimulatedRequest
 from emberkv.sim.tiers import Transfer
 from emberkv.sim.timing import NANOSECONDS, Step, nanoseconds
@@ -176,7 +176,7 @@ class Simulator:
         *,
         root_of: RootOf,
         block_size: int,
-        emit: Callable[[Outcome], None],
+        emit: Callable[[RequestOutcome], None],
         outages: Sequence[Iterator[Outage]] = (),
         max_retries: int = 3,
         request_seconds: float = 0.0,

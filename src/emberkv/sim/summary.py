@@ -131,7 +131,7 @@ half as many again as waited in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class OfferedLoad:
     """Whether a set-up keeps up with the requests that arrive, judged by those that wait when arrivals end.
 
     asked_per_second, served_per_second: requests that arrived and that got their first token, from the first arrival to
@@ -139,7 +139,7 @@ class Load:
     queue grows without end; least_replicas: the fewest that could then serve what arrives, if each serves as many as
     here.
 
-    >>> Load(2.0, 2.0, waiting=0, grows=False, least_replicas=1).sentence
+    >>> OfferedLoad(2.0, 2.0, waiting=0, grows=False, least_replicas=1).sentence
     'This set-up serves what arrives, 2 requests a second.'
     """
 
@@ -162,7 +162,7 @@ class Load:
         return f"This set-up serves {rates}: the queue grows without end; {least}."
 
 
-def load_of(rows: Iterable[Row], replicas: int) -> Load | None:
+def load_of(rows: Iterable[Row], replicas: int) -> OfferedLoad | None:
     """The load of a simulation's rows; None where all requests arrive at once, or none could be served.
 
     Follow-ups wait for answers, so the time that counts ends with the last request that begins a conversation.
@@ -179,7 +179,7 @@ def load_of(rows: Iterable[Row], replicas: int) -> Load | None:
     grows = waiting[1] >= max(FEWEST_WAITING, WAITING_SHARE * len(arrived), 1.5 * waiting[0])
     needed = ceil(replicas * len(arrived) / started) if started else 0
     least = max(needed, replicas + 1) if grows else replicas
-    return Load(len(arrived) / seconds, started / seconds, waiting[1], grows, least)
+    return OfferedLoad(len(arrived) / seconds, started / seconds, waiting[1], grows, least)
 
 
 def _waiting(rows: Iterable[Row], at: int) -> int:

@@ -166,7 +166,7 @@ class Transfer:
     scheduled: whether its end is in the event queue.
 
     >>> from emberkv.sim.cache_only import ReferenceChain
-    >>> load = Load(ReferenceChain(b"root", [b"a", b"b"], 16), 0, [], [], patience=None)
+    >>> load = Load(ReferenceChain(b"root", [b"a", b"b"], 16), 0, [], [], break_even_seconds=None)
     >>> sum(Transfer(load, ends=5_000, exact=[True, False]).exact)
     1
     """
@@ -225,14 +225,14 @@ class ModelledTiers:
 
     def onboard(self, load: Load) -> Transfer:
         """Read the runs of a load one after the other; give up when computing would have been as fast."""
-        deadline = None if load.patience is None else self.now + nanoseconds(load.patience)
+        deadline = None if load.break_even_seconds is None else self.now + nanoseconds(load.break_even_seconds)
         by_name = {tier.name: tier for tier in self.tiers}
         at, first, came = self.now, 0, list[bool]()
         for run in load.runs:
             tier = by_name[run.tier]
             block_hashes = load.block_hashes[first : first + run.count]
             begins, ends = tier.read.transfer(at, run.count * tier.block_bytes)
-            tier.meter.fetched(run.count, run.count * tier.block_bytes, (ends - begins) / NANOSECONDS)
+            tier.meter.onboarded(run.count, run.count * tier.block_bytes, (ends - begins) / NANOSECONDS)
             whole = run.count if deadline is None else _arrived(begins, ends, run.count, deadline)
             came += [tier.is_exact(block_hash) for block_hash in block_hashes[:whole]]
             self._promote(tier, block_hashes[:whole])

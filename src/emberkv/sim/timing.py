@@ -22,10 +22,10 @@ def nanoseconds(seconds: float) -> int:
     return round(seconds * NANOSECONDS)
 
 
-class Chunk(NamedTuple):
+class ChunkWork(NamedTuple):
     """Tokens ``[start, stop)`` of one sequence, computed in one step. samples: whether its next token is sampled, too.
 
-    >>> chunk = Chunk(start=512, stop=640, samples=True)
+    >>> chunk = ChunkWork(start=512, stop=640, samples=True)
     >>> chunk.stop - chunk.start
     128
     """
@@ -35,17 +35,17 @@ class Chunk(NamedTuple):
     samples: bool
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """What a step computes: ``sequences`` decode one token each over ``context`` tokens in all, beside prefill chunks.
 
-    >>> work = Work(sequences=8, context=8 * 1024, chunks=(Chunk(0, 256, samples=False),))
+    >>> work = StepWork(sequences=8, context=8 * 1024, chunks=(ChunkWork(0, 256, samples=False),))
     >>> work.context // work.sequences
     1024
     """
 
     sequences: int
     context: int
-    chunks: tuple[Chunk, ...] = ()
+    chunks: tuple[ChunkWork, ...] = ()
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+    from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
     from emberkv.tiers.byte_cache import InMemoryKVCacheManager
     from emberkv.tiers.codec import BlockRecord, decode_record, encode_record, verified_record
     from emberkv.tiers.disk.tier import DiskTier
@@ -49,9 +49,9 @@ __all__ = [
     "MemoryTier",
     "OffloadedBlock",
     "PartialPlace",
-    "Removed",
+    "RemovalResult",
     "StackStats",
-    "Stored",
+    "StoreResult",
     "Tier",
     "TierEntry",
     "TierManager",
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "base": ("Removed", "Stored", "Tier", "TierEntry"),
+    "base": ("RemovalResult", "StoreResult", "Tier", "TierEntry"),
     "byte_cache": ("InMemoryKVCacheManager",),
     "codec": ("BlockRecord", "decode_record", "encode_record", "verified_record"),
     "disk.tier": ("DiskTier",),

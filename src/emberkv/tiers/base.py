@@ -42,7 +42,7 @@ class TierEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoreResult:
     """The result of a store. count: of the entries given, those that the tier has now. evicted: the full blocks that
     had to go.
     """
@@ -52,7 +52,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
+class RemovalResult:
     """The result of a removal. count: full blocks that are gone. kept: blocks whose bytes are still stored, though
     this process does not serve them any more. reason: why they are; "" where none are kept.
     """
@@ -66,7 +66,7 @@ class Removed:
 class SharedStore:
     """A tier whose blocks other processes find, too.
 
-    store_id: see `Tier`. is_listed: its blocks are known without I/O, so that a process that starts tells of them.
+    store_id: see `Tier`. is_listed: its blocks are known without I/O, so that a process reports them when it starts.
     is_scanned: `Tier.scan` reads them.
     """
 
@@ -152,14 +152,14 @@ class Tier(Protocol):
     def touch(self, block_hashes: Sequence[bytes]) -> None:
         """Make these as recent as if they had been loaded."""
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         """Keep what is not here yet; an exact entry replaces one that is not. Evicts until it fits.
 
         seen: `removals_seen` when the blocks were computed or read; None: now. A block that was removed after that, by
         any process, is not stored.
         """
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         """Drop these, and the partial blocks that go with them (`PartialPlace.is_removed_with`); afterwards `lookup`
         does not find them.
 
@@ -167,7 +167,7 @@ class Tier(Protocol):
         store the blocks that they have.
         """
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         """Drop all that `lookup` could find."""
 
     def refresh(self) -> None:
@@ -179,7 +179,7 @@ class Tier(Protocol):
 
     def lost_blocks(self) -> list[bytes]:
         """Blocks that a refresh since the last call found gone, though no removal by this model's processes and no
-        eviction that `store` has returned tells of them. No I/O.
+        eviction that `store` has returned explains that. No I/O.
         """
         return []
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.base import RemovalResult, TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
 from emberkv.tiers.partial import PartialPlace
 
@@ -32,7 +32,7 @@ class QueuedBlock:
 
 
 @dataclass(eq=False, slots=True)
-class Store:
+class StoreJob:
     """seen: see `Tier.store`."""
 
     blocks: list[QueuedBlock]
@@ -41,13 +41,13 @@ class Store:
 
 
 @dataclass(eq=False, slots=True)
-class Touch:
+class TouchJob:
     block_hashes: Sequence[bytes]
     size: int
 
 
 @dataclass(eq=False, slots=True)
-class Check:
+class CheckJob:
     """Read these blocks again and remove those that are not sound. They are not found until that is done. partial:
     those of them that are no full blocks.
     """
@@ -63,19 +63,19 @@ class Check:
         return False
 
 
-def _answer() -> "Future[Removed]":
+def _answer() -> "Future[RemovalResult]":
     """A future that its receiver cannot cancel: a removal is carried out in any case."""
-    future: Future[Removed] = Future()
+    future: Future[RemovalResult] = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
 @dataclass(eq=False, slots=True)
-class Remove:
+class RemoveJob:
     """block_hashes: None: all. They are not found from now on."""
 
     block_hashes: Collection[bytes] | None
-    result: "Future[Removed]" = field(default_factory=_answer)
+    result: "Future[RemovalResult]" = field(default_factory=_answer)
     size: int = 0
 
     def hides(self, block_hash: bytes) -> bool:
@@ -86,4 +86,4 @@ class Remove:
         return self.block_hashes is None or place.is_removed_with(self.block_hashes)
 
 
-Job = Store | Touch | Check | Remove
+Job = StoreJob | TouchJob | CheckJob | RemoveJob

@@ -23,13 +23,13 @@ from emberkv.core.events import Event
 from emberkv.core.hashing import partial_hashes
 from emberkv.core.loading import BlockRun, LookupStatus, StoredPartial
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, SharedStore, Tier
+from emberkv.tiers.base import RemovalResult, SharedStore, Tier
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.jobs import QueuedBlock, Remove, Store, Touch
+from emberkv.tiers.jobs import QueuedBlock, RemoveJob, StoreJob, TouchJob
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
 from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import StackStats, TierMeter, TierStats
-from emberkv.tiers.worker import EventHook, Reading, TierWorker
+from emberkv.tiers.worker import EventHook, ReadResult, TierWorker
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,9 @@ class TierManager:
                 lacking = self._lacking(block)
                 queued = QueuedBlock(block.record, block.owner, partial=block.partial)
                 stored += not lacking
-                accepted = [worker.put(Store([queued], queued.size, worker.tier.removals_seen)) for worker in lacking]
+                accepted = [
+                    worker.put(StoreJob([queued], queued.size, worker.tier.removals_seen)) for worker in lacking
+                ]
                 full += not all(accepted)
             self._offered += len(blocks)
             self._already_stored += stored
@@ -212,7 +214,7 @@ class TierManager:
         """
         with self._lock:
             for worker in self.workers:
-                worker.put(Touch(block_hashes, sum(map(len, block_hashes))))
+                worker.put(TouchJob(block_hashes, sum(map(len, block_hashes))))
 
     def onboard(
         self,
@@ -255,13 +257,13 @@ class TierManager:
         self._deliver(ended)
         return records
 
-    def remove(self, block_hashes: Collection[bytes]) -> dict[str, "Future[Removed]"]:
+    def remove(self, block_hashes: Collection[bytes]) -> dict[str, "Future[RemovalResult]"]:
         """Drop these from every tier, by its name. Final from the moment of return, see above; a block that is
         offloaded later is a new one.
         """
         return self._remove(frozenset(block_hashes))
 
-    def clear(self) -> dict[str, "Future[Removed]"]:
+    def clear(self) -> dict[str, "Future[RemovalResult]"]:
         """Drop all blocks of this model, as `remove` does."""
         return self._remove(None)
 
@@ -326,7 +328,7 @@ class TierManager:
             worker.tier.close()
         return all_stored
 
-    def read_ended(self, worker: TierWorker, onboarding: Onboarding, piece: Piece, reading: Reading) -> None:
+    def read_ended(self, worker: TierWorker, onboarding: Onboarding, piece: Piece, reading: ReadResult) -> None:
         """Take in a piece that a worker has read: pass it on, store it in faster tiers, check what is not sound."""
         with self._lock:
             worker.returned(onboarding, piece)
@@ -340,7 +342,7 @@ class TierManager:
                     block = QueuedBlock(record, entry.owner, entry, entry.partial)
                     for faster, seen in zip(self.workers[: worker.rank], onboarding.removals_seen, strict=False):
                         if faster.keeps(record):
-                            faster.put(Store([block], block.size, seen))
+                            faster.put(StoreJob([block], block.size, seen))
             ended = self._ended()
         self._deliver(ended)
 
@@ -354,14 +356,14 @@ class TierManager:
     def _report(self, event: Event) -> None:
         self.on_event(event)
 
-    def _remove(self, block_hashes: Collection[bytes] | None) -> dict[str, "Future[Removed]"]:
-        jobs = {worker.name: Remove(block_hashes) for worker in self.workers}
+    def _remove(self, block_hashes: Collection[bytes] | None) -> dict[str, "Future[RemovalResult]"]:
+        jobs = {worker.name: RemoveJob(block_hashes) for worker in self.workers}
         with self._lock:
             for pending in self._pending:
                 pending.remove(block_hashes)
             for worker in self.workers:
                 if self._closed or not worker.put(jobs[worker.name]):
-                    jobs[worker.name].result.set_result(Removed(reason="closed"))
+                    jobs[worker.name].result.set_result(RemovalResult(reason="closed"))
             ended = self._ended()
         self._deliver(ended)
         return {name: job.result for name, job in jobs.items()}
@@ -404,14 +406,14 @@ class TierManager:
             timings = [timing for timing in onboarding.timings if timing.rank == rank and timing.blocks]
             if timings:
                 seconds = max(each.ended for each in timings) - min(each.began for each in timings)
-                meter.fetched(sum(each.blocks for each in timings), sum(each.size for each in timings), seconds)
+                meter.onboarded(sum(each.blocks for each in timings), sum(each.size for each in timings), seconds)
 
     def _count_failure(self, error: Exception) -> None:
         with self._lock:
             self._failures[type(error).__name__] += 1
 
 
-class Searched(Protocol):
+class SearchableTier(Protocol):
     """The part of a tier that `find_runs` needs; a simulated tier has no more."""
 
     @property
@@ -421,7 +423,7 @@ class Searched(Protocol):
 
 
 def find_runs(
-    tiers: Sequence[Searched],
+    tiers: Sequence[SearchableTier],
     meters: Sequence[TierMeter],
     block_hashes: Sequence[bytes],
     *,
@@ -449,7 +451,7 @@ def find_runs(
     return runs
 
 
-def _first_run(tiers: Sequence[Searched], block_hashes: Sequence[bytes], exact: bool) -> tuple[int, int]:
+def _first_run(tiers: Sequence[SearchableTier], block_hashes: Sequence[bytes], exact: bool) -> tuple[int, int]:
     """The rank of the fastest tier with the first block, and the blocks it has before a faster one has the next.
 
     All blocks, under the rank after the last, where no tier has the first.

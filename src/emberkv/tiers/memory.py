@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from emberkv.core.policies.eviction import LRU, EntryCost, EvictionPolicy
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import PolicyFactory, RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.partial import PartialIndex, PartialPlace
 from emberkv.tiers.stats import TierStats
 
@@ -150,28 +150,28 @@ class MemoryTier(Tier):
         with self._lock:
             self._use(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         evicted: list[bytes] = []
         with self._lock:
             count = sum(self._store_one(entry, evicted) for entry in reversed(entries))
-            return Stored(count, [block_hash for block_hash in evicted if block_hash not in self._entries])
+            return StoreResult(count, [block_hash for block_hash in evicted if block_hash not in self._entries])
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         with self._lock:
             wanted = [*block_hashes, *(self._partial.removed_with(block_hashes) if remember else ())]
             removed = [entry for block_hash in wanted if (entry := self._store.remove(block_hash)) is not None]
             for entry in removed:
                 self._owners[entry.owner] -= entry.size
                 self._partial.discard(entry.block_hash)
-            return Removed(sum(entry.partial is None for entry in removed))
+            return RemovalResult(sum(entry.partial is None for entry in removed))
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         with self._lock:
             count = len(self._entries) - len(self._partial)
             self._store.clear()
             self._owners.clear()
             self._partial.clear()
-            return Removed(count)
+            return RemovalResult(count)
 
     def refresh(self) -> None:
         """No other process changes this one's memory."""

@@ -46,12 +46,12 @@ class TierStats:
     """A tier at a moment. The tier itself fills the first part; the manager, which drives and verifies it, the second.
 
     entries, bytes: held now, on a disk those of other models included; bytes never exceed max_bytes. evictions: in
-    blocks. skipped: stores left undone, by reason. troubles: failures of the place, by kind. circuit: of a tier in the
+    blocks. skipped: stores left undone, by reason. errors: failures of the place, by kind. circuit: of a tier in the
     network, whether its server is used; None for the others.
 
     hits, misses: blocks looked up, counted where no faster tier has them. loads: blocks brought up and verified.
     stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_rate: bytes a
-    second, of fetches of many blocks; None before the first. load_latency: of each batch read; store_latency: of each
+    second, of loads of many blocks; None before the first. load_latency: of each batch read; store_latency: of each
     batch written; lookup_latency: of each look-up that took I/O.
     """
 
@@ -61,7 +61,7 @@ class TierStats:
     bytes_by_owner: Mapping[str, int] = field(default_factory=dict)
     evictions: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
-    troubles: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
     circuit: Circuit | None = None
 
     hits: int = 0
@@ -76,7 +76,7 @@ class TierStats:
 
 
 MANY_BLOCKS = 64
-"""A fetch of so many is what `TierStats.load_rate` is given for."""
+"""A load of so many is what `TierStats.load_rate` is given for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class StackStats:
     failures: Mapping[str, int] = field(default_factory=dict)
 
 
-class Troubles:
+class ErrorCounts:
     """Failures by kind, logged whenever their number reaches a power of two, so that they do not flood the log."""
 
     def __init__(self, log: logging.Logger, place: str) -> None:
@@ -138,8 +138,8 @@ class TierMeter:
             self._loads += blocks
             self._load_latency.observe(seconds)
 
-    def fetched(self, blocks: int, size: int, seconds: float) -> None:
-        """A whole fetch brought so many blocks, of ``size`` bytes together, from its first read to its last."""
+    def onboarded(self, blocks: int, size: int, seconds: float) -> None:
+        """One load brought so many blocks, of ``size`` bytes together, from its first read to its last."""
         with self._lock:
             self._rate.observe(size, seconds)
             self._block_bytes = size // blocks
@@ -159,7 +159,7 @@ class TierMeter:
             self._stalls += 1
 
     def seconds_for(self, blocks: int) -> float | None:
-        """Expected time to fetch so many; None before the first fetch."""
+        """Expected time to load so many; None before the first load."""
         with self._lock:
             return self._rate.seconds_for(blocks * self._block_bytes) if self._block_bytes else None
 
@@ -178,7 +178,7 @@ class TierMeter:
                 stores=self._stores,
                 corrupt=dict(self._corrupt),
                 load_rate=self._load_rate(),
-                troubles={**stats.troubles, **({"stalled": self._stalls} if self._stalls else {})},
+                errors={**stats.errors, **({"stalled": self._stalls} if self._stalls else {})},
                 load_latency=self._load_latency.snapshot(),
                 store_latency=self._store_latency.snapshot(),
                 lookup_latency=self._lookup_latency.snapshot(),

@@ -1,9 +1,9 @@
 """Which store a tier is: ids that are equal in all processes that find the same blocks in it.
 
-An id is a digest of the namespace of the blocks and of what tells their store from others. A Redis server keeps a key
-of its own for that, so that its names do not matter. A folder is known by its place on this machine, and the master of
-a Mooncake store, which keeps no key, by its address: two names of one master give two ids, and one name must not mean
-two masters. Names that each machine resolves to itself, as localhost, have one id a machine.
+An id is a digest of the namespace of the blocks and of what distinguishes their store from others. A Redis server keeps
+a key of its own for that, so that its names do not matter. A folder is known by its place on this machine, and the
+master of a Mooncake store, which keeps no key, by its address: two names of one master give two ids, and one name must
+not mean two masters. Names that each machine resolves to itself, as localhost, have one id a machine.
 """
 
 import os

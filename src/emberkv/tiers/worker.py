@@ -17,9 +17,9 @@ from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Eve
 from emberkv.core.hashing import TOKEN_BYTES
 from emberkv.core.loading import LookupStatus
 from emberkv.errors import BlockError
-from emberkv.tiers.base import Removed, Tier, TierEntry
+from emberkv.tiers.base import RemovalResult, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, verified_record
-from emberkv.tiers.jobs import Check, Job, QueuedBlock, Remove, Store, Touch
+from emberkv.tiers.jobs import CheckJob, Job, QueuedBlock, RemoveJob, StoreJob, TouchJob
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records, Timing
 from emberkv.tiers.partial import PartialPlace
 from emberkv.tiers.stats import TierMeter
@@ -42,7 +42,7 @@ EventHook = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ReadResult:
     """What reading a piece brought. records: None where a block is missing or not sound; empty where reading failed."""
 
     entries: list[TierEntry | None]
@@ -54,9 +54,9 @@ class TierWorker:
     """Queue and threads of one tier.
 
     rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
-    `has`, `keeps`, `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended. queue_bytes: limit of
-    what may wait to be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the
-    lock. on_event: an `EventHook`. failed: called with each error that no tier should raise.
+    `has`, `keeps`, `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended.
+    queue_bytes: limit of what may wait to be stored. on_read, on_answer: called with each `ReadResult` and each answer
+    to a query, without the lock. on_event: an `EventHook`. failed: called with each error that no tier should raise.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TierWorker:
         self._readable = threading.Condition(lock)
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
-        self._hidden: tuple[Check | Remove, ...] = ()
+        self._hidden: tuple[CheckJob | RemoveJob, ...] = ()
         self._turns: deque[Onboarding] = deque()
         self._queries: deque[Query] = deque()
         self._querying: set[Query] = set()
@@ -154,7 +154,7 @@ class TierWorker:
         if self.closed or (job.size and self.queued_bytes + job.size > self._queue_bytes):
             return False
         self.queued_bytes += job.size
-        if isinstance(job, Check | Remove):
+        if isinstance(job, CheckJob | RemoveJob):
             self._hidden = (*self._hidden, job)
             self._forget(self._known.copy() if job.block_hashes is None else job.block_hashes)
             self._answers = {key: each for key, each in self._answers.items() if not job.hides(key[0])}
@@ -165,19 +165,19 @@ class TierWorker:
         return True
 
     def check(self, block_hashes: Iterable[bytes], partial: Collection[bytes] = ()) -> None:
-        """Queue a check of those that no job in the queue hides already. partial: see `Check`."""
+        """Queue a check of those that no job in the queue hides already. partial: see `CheckJob`."""
         unchecked = [each for each in block_hashes if not any(job.hides(each) for job in self._hidden)]
         if unchecked:
-            self.put(Check(frozenset(unchecked), frozenset(partial)))
+            self.put(CheckJob(frozenset(unchecked), frozenset(partial)))
 
     def take(self) -> Job | None:
         """The next job to `run`, with the stores that follow a store, to be followed by `finish`."""
         if not self._jobs:
             return None
         job = self._jobs.popleft()
-        if isinstance(job, Store):
-            while self._jobs and isinstance(after := self._jobs[0], Store) and len(job.blocks) < BATCH_BLOCKS:
-                job = Store([*job.blocks, *after.blocks], job.size + after.size, min(job.seen, after.seen))
+        if isinstance(job, StoreJob):
+            while self._jobs and isinstance(after := self._jobs[0], StoreJob) and len(job.blocks) < BATCH_BLOCKS:
+                job = StoreJob([*job.blocks, *after.blocks], job.size + after.size, min(job.seen, after.seen))
                 self._jobs.popleft()
         self._running = job
         return job
@@ -185,17 +185,17 @@ class TierWorker:
     def run(self, job: Job) -> None:
         """Change the tier."""
         match job:
-            case Store(blocks=blocks, seen=seen):
+            case StoreJob(blocks=blocks, seen=seen):
                 self._store(blocks, seen)
-            case Touch(block_hashes=block_hashes):
+            case TouchJob(block_hashes=block_hashes):
                 self.tier.touch(block_hashes)
-            case Check(block_hashes=block_hashes, partial=partial):
+            case CheckJob(block_hashes=block_hashes, partial=partial):
                 self._check(list(block_hashes), partial)
-            case Remove(block_hashes=None, result=result):
+            case RemoveJob(block_hashes=None, result=result):
                 removed = self.tier.clear()
                 self._on_event(AllBlocksCleared(self.name))
                 result.set_result(removed)
-            case Remove(block_hashes=block_hashes, result=result):
+            case RemoveJob(block_hashes=block_hashes, result=result):
                 known = self.tier.lookup_seconds is None  # else any of them may have been there
                 full = [each for each in block_hashes or () if self.tier.partial_place(each) is None]
                 present = [each for each in full if not known or self.tier.lookup((each,))]
@@ -207,7 +207,7 @@ class TierWorker:
         self._running = None
         self.queued_bytes -= job.size
         self._hidden = tuple(each for each in self._hidden if each is not job)
-        if isinstance(job, Store):
+        if isinstance(job, StoreJob):
             stored = frozenset(block.record.block_hash for block in job.blocks)
             for block_hash in stored if self._answers else ():  # they may be there now
                 for exact in (False, True):
@@ -287,7 +287,8 @@ class TierWorker:
         """The tier does not find a block any more. It has lost it, if it is up, and the block is not being stored."""
         jobs = (self._running, *self._jobs)
         stores = any(
-            isinstance(job, Store) and any(each.record.block_hash == block_hash for each in job.blocks) for job in jobs
+            isinstance(job, StoreJob) and any(each.record.block_hash == block_hash for each in job.blocks)
+            for job in jobs
         )
         if not stores and self.tier.status(block_hash) is LookupStatus.PENDING:
             self._forget((block_hash,))
@@ -296,7 +297,7 @@ class TierWorker:
     def drop_removed(self, onboarding: Onboarding) -> None:
         """Blocks whose removal is queued are still in the tier, but not to be read any more."""
         for job in self._hidden:
-            if isinstance(job, Remove):
+            if isinstance(job, RemoveJob):
                 onboarding.remove(job.block_hashes, rank=self.rank)
 
     def begin_read(self) -> tuple[Onboarding, Piece] | None:
@@ -309,7 +310,7 @@ class TierWorker:
                 return onboarding, piece
         return None
 
-    def read(self, onboarding: Onboarding, piece: Piece) -> Reading:
+    def read(self, onboarding: Onboarding, piece: Piece) -> ReadResult:
         began = self._clock()
         entries: list[TierEntry | None] = []
         records: Records = []
@@ -323,7 +324,7 @@ class TierWorker:
         sound = [entry for entry, record in zip(entries, records, strict=False) if entry and record]
         self.meter.loaded(len(sound), ended - began)
         timing = Timing(piece.rank, began, ended, len(sound), sum(len(entry.data) for entry in sound))
-        return Reading(entries, records, timing)
+        return ReadResult(entries, records, timing)
 
     def gave_up(self, onboarding: Onboarding) -> None:
         """The request for these blocks does not wait any more for what is being read."""
@@ -349,8 +350,8 @@ class TierWorker:
         self.closed = True
         for job in self._jobs:
             self.queued_bytes -= job.size
-            if isinstance(job, Remove):
-                job.result.set_result(Removed(reason="closed"))
+            if isinstance(job, RemoveJob):
+                job.result.set_result(RemovalResult(reason="closed"))
         self._jobs.clear()
         self._turns.clear()
         self._queries.clear()
@@ -390,8 +391,8 @@ class TierWorker:
 
     def _run_guarded(self, job: Job) -> None:
         error = self._guard(lambda: self.run(job))
-        if error is not None and isinstance(job, Remove):
-            job.result.set_result(Removed(reason=f"failed: {type(error).__name__}"))
+        if error is not None and isinstance(job, RemoveJob):
+            job.result.set_result(RemovalResult(reason=f"failed: {type(error).__name__}"))
 
     def _guard(self, change: Callable[[], None]) -> Exception | None:
         try:
@@ -486,4 +487,4 @@ def _stored_events(tier: str, records: Sequence[BlockRecord]) -> Iterator[BlockS
 
 
 AnswerHook = Callable[[TierWorker, Query, int | None], None]
-ReadHook = Callable[[TierWorker, Onboarding, Piece, Reading], None]
+ReadHook = Callable[[TierWorker, Onboarding, Piece, ReadResult], None]

@@ -67,13 +67,13 @@ class WorkloadContext:
         return Content() if profile.system_prompts is None else self._system_prompts[profile.system_prompts].choose(rng)
 
 
-class Conversation:
+class GeneratedConversation:
     """Session ``number`` of a workload. It has its own random generator, so that it depends on no other session.
 
     >>> from emberkv.workload.spec import parse_workload
     >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
     >>> data = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
-    >>> conversation = Conversation(WorkloadContext(parse_workload(data, folder=Path())), number=0)
+    >>> conversation = GeneratedConversation(WorkloadContext(parse_workload(data, folder=Path())), number=0)
     >>> first = conversation.first(at=10.0)
     >>> second = conversation.follow_up(first, at=12.0, generated=8)
     >>> second.arrival_time, second.prompt_tokens
@@ -175,7 +175,7 @@ class GeneratedSource:
         self._duration = workload.duration
         self._sessions = workload.sessions
         self._begun = 0
-        self._live: dict[str, Conversation] = {}
+        self._live: dict[str, GeneratedConversation] = {}
 
     def next_arrival(self) -> Request | None:
         if self._begun == self._sessions:
@@ -184,7 +184,7 @@ class GeneratedSource:
         if at is None or (self._duration is not None and at >= self._duration):
             self._sessions = self._begun
             return None
-        conversation = Conversation(self._context, self._begun)
+        conversation = GeneratedConversation(self._context, self._begun)
         self._begun += 1
         request = conversation.first(at)
         self._live[request.request_id] = conversation

@@ -10,13 +10,13 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved
 from emberkv.core.explaining.explain import admission_outcome, common_tokens, explain, look_up
 from emberkv.core.explaining.explanation import (
+    CacheOutcome,
     Divergence,
     Explanation,
     Loss,
     LossKind,
     Miss,
-    Outcome,
-    Reason,
+    MissReason,
     outcome_of,
 )
 from emberkv.core.explaining.ledger import Ledger
@@ -24,35 +24,39 @@ from emberkv.core.hashing import TokenChain, decode_tokens
 from emberkv.core.loading import Admission
 from emberkv.core.prefix_cache import PrefixCache
 from tests.core.harness import chain
-from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, stored, told
+from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, miss_spans, stored
 
 
 def test_nothing_is_known() -> None:
     explanation = asked(Ledger(), chain(range(10)))
     assert explanation.hit == {}
-    assert told(explanation) == [(Reason.NEW, 0, 8), (Reason.PARTIAL, 8, 2)]
+    assert miss_spans(explanation) == [(MissReason.NEW, 0, 8), (MissReason.PARTIAL, 8, 2)]
     assert explanation.divergence is None
 
 
 def test_a_prompt_that_is_cached_but_for_its_last_block() -> None:
     explanation = asked(ledger_with(chain(range(12))), chain(range(12)))
     assert explanation.hit == {POOL: 8}
-    assert told(explanation) == [(Reason.PARTIAL, 8, 4)]
+    assert miss_spans(explanation) == [(MissReason.PARTIAL, 8, 4)]
     explanation = asked(ledger_with(chain(range(12))), chain(range(13)))
-    assert (explanation.hit, told(explanation)) == ({POOL: 12}, [(Reason.PARTIAL, 12, 1)])
+    assert (explanation.hit, miss_spans(explanation)) == ({POOL: 12}, [(MissReason.PARTIAL, 12, 1)])
 
 
 def test_a_prompt_that_goes_on_where_nothing_did() -> None:
     explanation = asked(ledger_with(chain(range(8))), chain(range(18)))
     assert explanation.hit == {POOL: 8}
-    assert told(explanation) == [(Reason.NEW, 8, 8), (Reason.PARTIAL, 16, 2)]
+    assert miss_spans(explanation) == [(MissReason.NEW, 8, 8), (MissReason.PARTIAL, 16, 2)]
 
 
 def test_the_first_difference_is_told_with_what_is_around_it() -> None:
     cached = chain([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
     explanation = asked(ledger_with(cached), chain([1, 2, 3, 4, 5, 6, -7, 8, 9, 10, 11]))
     assert explanation.hit == {POOL: 4}
-    assert told(explanation) == [(Reason.ALIGNMENT, 4, 2), (Reason.DIVERGED, 6, 2), (Reason.PARTIAL, 8, 3)]
+    assert miss_spans(explanation) == [
+        (MissReason.ALIGNMENT, 4, 2),
+        (MissReason.DIVERGED, 6, 2),
+        (MissReason.PARTIAL, 8, 3),
+    ]
     assert explanation.divergence == Divergence(
         position=6, before=(1, 2, 3, 4, 5, 6), expected=(7, 8, 9, 10, 11, 12), found=(-7, 8, 9, 10, 11), cached=True
     )
@@ -102,9 +106,9 @@ def test_an_eviction_is_told_with_its_time_and_place() -> None:
     explanation = asked(ledger, chain(range(17)))
     assert explanation.hit == {POOL: 4}
     assert explanation.misses == (
-        Miss(Reason.EVICTED, 4, 8, Loss(POOL, 5.0, LossKind.EVICTED)),
-        Miss(Reason.NEW, 12, 4),
-        Miss(Reason.PARTIAL, 16, 1),
+        Miss(MissReason.EVICTED, 4, 8, Loss(POOL, 5.0, LossKind.EVICTED)),
+        Miss(MissReason.NEW, 12, 4),
+        Miss(MissReason.PARTIAL, 16, 1),
     )
 
 
@@ -112,7 +116,7 @@ def test_a_cleared_cache_is_no_eviction() -> None:
     ledger = ledger_with(chain(range(8)))
     ledger.apply(AllBlocksCleared(), 4.0)
     (miss, _) = asked(ledger, chain(range(9))).misses
-    assert miss == Miss(Reason.CLEARED, 0, 8, Loss(POOL, 4.0, LossKind.CLEARED))
+    assert miss == Miss(MissReason.CLEARED, 0, 8, Loss(POOL, 4.0, LossKind.CLEARED))
 
 
 def test_each_way_to_lose_blocks_is_a_reason_of_its_own() -> None:
@@ -123,9 +127,11 @@ def test_each_way_to_lose_blocks_is_a_reason_of_its_own() -> None:
     explanation = asked(ledger, chain(range(21)))
     assert explanation.hit == {POOL: 4}
     assert explanation.misses == (
-        Miss(Reason.REMOVED, 4, 8, Loss(POOL, 3.0, LossKind.REMOVED)),  # with one still cached, of no use without it
-        Miss(Reason.EVICTED, 12, 8, Loss(POOL, 2.0, LossKind.EVICTED)),
-        Miss(Reason.PARTIAL, 20, 1),
+        Miss(
+            MissReason.REMOVED, 4, 8, Loss(POOL, 3.0, LossKind.REMOVED)
+        ),  # with one still cached, of no use without it
+        Miss(MissReason.EVICTED, 12, 8, Loss(POOL, 2.0, LossKind.EVICTED)),
+        Miss(MissReason.PARTIAL, 20, 1),
     )
 
 
@@ -133,21 +139,27 @@ def test_alignment_and_short_prompts() -> None:
     ledger = ledger_with(chain(range(12)))
     explanation = asked(ledger, chain(range(14)), alignment=8)
     assert explanation.hit == {POOL: 8}
-    assert told(explanation) == [(Reason.ALIGNMENT, 8, 4), (Reason.PARTIAL, 12, 2)]
-    assert told(asked(ledger, chain(range(8)), alignment=8)) == [(Reason.ALIGNMENT, 0, 4), (Reason.TOO_SHORT, 4, 4)]
-    assert told(asked(ledger, chain([50, 51]), alignment=8)) == [(Reason.TOO_SHORT, 0, 2)]
+    assert miss_spans(explanation) == [(MissReason.ALIGNMENT, 8, 4), (MissReason.PARTIAL, 12, 2)]
+    assert miss_spans(asked(ledger, chain(range(8)), alignment=8)) == [
+        (MissReason.ALIGNMENT, 0, 4),
+        (MissReason.TOO_SHORT, 4, 4),
+    ]
+    assert miss_spans(asked(ledger, chain([50, 51]), alignment=8)) == [(MissReason.TOO_SHORT, 0, 2)]
 
 
 def test_where_hits_end_at_any_token_only_the_last_one_is_left() -> None:
     ledger = ledger_with(chain(range(12)))
     unit = {"hit_unit": 1}
-    repeat = explain(ledger, chain(range(7)), Outcome({POOL: 6}), **unit)
-    assert told(repeat) == [(Reason.LAST, 6, 1)]
-    short = explain(ledger, chain([50, 51]), Outcome(), **unit)
-    assert told(short) == [(Reason.DIVERGED, 0, 1), (Reason.LAST, 1, 1)]
-    assert told(explain(Ledger(), chain([50, 51, 52]), Outcome(), **unit)) == [(Reason.NEW, 0, 2), (Reason.LAST, 2, 1)]
-    left = explain(ledger, chain([*range(6), 70, 71, 72, 73]), Outcome({POOL: 6}), **unit)
-    assert told(left) == [(Reason.DIVERGED, 6, 3), (Reason.LAST, 9, 1)]
+    repeat = explain(ledger, chain(range(7)), CacheOutcome({POOL: 6}), **unit)
+    assert miss_spans(repeat) == [(MissReason.LAST, 6, 1)]
+    short = explain(ledger, chain([50, 51]), CacheOutcome(), **unit)
+    assert miss_spans(short) == [(MissReason.DIVERGED, 0, 1), (MissReason.LAST, 1, 1)]
+    assert miss_spans(explain(Ledger(), chain([50, 51, 52]), CacheOutcome(), **unit)) == [
+        (MissReason.NEW, 0, 2),
+        (MissReason.LAST, 2, 1),
+    ]
+    left = explain(ledger, chain([*range(6), 70, 71, 72, 73]), CacheOutcome({POOL: 6}), **unit)
+    assert miss_spans(left) == [(MissReason.DIVERGED, 6, 3), (MissReason.LAST, 9, 1)]
     assert left.divergence is not None
     assert left.divergence.position == 6
 
@@ -156,11 +168,11 @@ def test_where_hits_end_at_any_token_the_beginning_of_a_lost_block_is_lost() -> 
     cached = chain(range(12))
     ledger = ledger_with(cached)
     ledger.left(POOL, cached.block_hashes[1:], now=5.0)
-    explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
+    explanation = explain(ledger, chain([*range(6), 70, 71]), CacheOutcome({POOL: 4}), hit_unit=1)
     assert explanation.misses == (
-        Miss(Reason.EVICTED, 4, 2, Loss(POOL, 5.0, LossKind.EVICTED)),
-        Miss(Reason.DIVERGED, 6, 1),
-        Miss(Reason.LAST, 7, 1),
+        Miss(MissReason.EVICTED, 4, 2, Loss(POOL, 5.0, LossKind.EVICTED)),
+        Miss(MissReason.DIVERGED, 6, 1),
+        Miss(MissReason.LAST, 7, 1),
     )
 
 
@@ -169,38 +181,47 @@ def test_of_a_block_in_a_tier_only_the_whole_is_reused() -> None:
     ledger = ledger_with(cached)
     ledger.arrived("disk", cached.block_hashes)
     ledger.left(POOL, cached.block_hashes[1:], now=5.0)
-    explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
-    assert told(explanation) == [(Reason.ALIGNMENT, 4, 2), (Reason.DIVERGED, 6, 1), (Reason.LAST, 7, 1)]
+    explanation = explain(ledger, chain([*range(6), 70, 71]), CacheOutcome({POOL: 4}), hit_unit=1)
+    assert miss_spans(explanation) == [
+        (MissReason.ALIGNMENT, 4, 2),
+        (MissReason.DIVERGED, 6, 1),
+        (MissReason.LAST, 7, 1),
+    ]
 
 
 def test_a_hit_in_a_partial_block_goes_on_where_nothing_known_does() -> None:
-    explanation = explain(ledger_with(chain(range(8))), chain([*range(5), 70, 71, 72]), Outcome({POOL: 6}), hit_unit=1)
-    assert (told(explanation), explanation.divergence) == ([(Reason.NEW, 6, 1), (Reason.LAST, 7, 1)], None)
+    explanation = explain(
+        ledger_with(chain(range(8))), chain([*range(5), 70, 71, 72]), CacheOutcome({POOL: 6}), hit_unit=1
+    )
+    assert (miss_spans(explanation), explanation.divergence) == (
+        [(MissReason.NEW, 6, 1), (MissReason.LAST, 7, 1)],
+        None,
+    )
 
 
 def test_what_a_tier_had_and_was_not_loaded() -> None:
-    outcome = Outcome({POOL: 4, "disk": 4}, {Reason.RECOMPUTE_CHEAPER: 8, Reason.LOAD_FAILED: 4})
+    outcome = CacheOutcome({POOL: 4, "disk": 4}, {MissReason.RECOMPUTE_CHEAPER: 8, MissReason.LOAD_FAILED: 4})
     explanation = explain(Ledger(), chain(range(30)), outcome, hit_unit=SIZE)
     assert explanation.hit == {POOL: 4, "disk": 4}
-    assert told(explanation) == [
-        (Reason.RECOMPUTE_CHEAPER, 8, 8),
-        (Reason.LOAD_FAILED, 16, 4),
-        (Reason.NEW, 20, 8),
-        (Reason.PARTIAL, 28, 2),
+    assert miss_spans(explanation) == [
+        (MissReason.RECOMPUTE_CHEAPER, 8, 8),
+        (MissReason.LOAD_FAILED, 16, 4),
+        (MissReason.NEW, 20, 8),
+        (MissReason.PARTIAL, 28, 2),
     ]
 
 
 def test_a_known_block_that_must_not_be_used() -> None:
     cached = chain(range(8))
-    outcome = Outcome(refused=Reason.INEXACT)
+    outcome = CacheOutcome(refused=MissReason.INEXACT)
     explanation = explain(ledger_with(cached), chain(range(9)), outcome, hit_unit=SIZE)
-    assert told(explanation) == [(Reason.INEXACT, 0, 8), (Reason.PARTIAL, 8, 1)]
+    assert miss_spans(explanation) == [(MissReason.INEXACT, 0, 8), (MissReason.PARTIAL, 8, 1)]
 
 
 def test_another_salt_is_never_spoken_of() -> None:
     ledger = ledger_with(chain(range(8), salt=b"theirs"))
     explanation = asked(ledger, chain(range(9), salt=b"ours"))
-    assert told(explanation) == [(Reason.NEW, 0, 8), (Reason.PARTIAL, 8, 1)]
+    assert miss_spans(explanation) == [(MissReason.NEW, 0, 8), (MissReason.PARTIAL, 8, 1)]
     assert explanation.divergence is None
 
 
@@ -268,12 +289,12 @@ def check_account(explanation: Explanation, prompt: TokenChain, hit_unit: int) -
     assert at == len(prompt) == explanation.prompt_tokens
     reasons = {miss.reason for miss in explanation.misses}
     if hit_unit == 1:  # no reason speaks of blocks, and all but the last token is explained by what is known
-        assert reasons <= {Reason.NEW, Reason.DIVERGED, Reason.EVICTED, Reason.LAST}
-        assert explanation.misses[-1] == Miss(Reason.LAST, len(prompt) - 1, 1)
+        assert reasons <= {MissReason.NEW, MissReason.DIVERGED, MissReason.EVICTED, MissReason.LAST}
+        assert explanation.misses[-1] == Miss(MissReason.LAST, len(prompt) - 1, 1)
     divergence = explanation.divergence
-    assert (divergence is not None) == any(miss.reason is Reason.DIVERGED for miss in explanation.misses)
+    assert (divergence is not None) == any(miss.reason is MissReason.DIVERGED for miss in explanation.misses)
     if divergence is not None:
-        (diverged,) = (miss for miss in explanation.misses if miss.reason is Reason.DIVERGED)
+        (diverged,) = (miss for miss in explanation.misses if miss.reason is MissReason.DIVERGED)
         assert diverged.start == divergence.position
         assert divergence.found[0] == prompt[divergence.position] != divergence.expected[0]
         assert divergence.before == tuple(prompt.slice(0, divergence.position))[-24:]
@@ -281,17 +302,17 @@ def check_account(explanation: Explanation, prompt: TokenChain, hit_unit: int) -
 
 def test_what_an_admission_found() -> None:
     admission = Admission(8, {"disk": 4}, MatchEnd.ABSENT, recompute_cheaper_tokens=16, load_failed_tokens=4)
-    assert admission_outcome(admission, 100) == Outcome(
-        {POOL: 8, "disk": 4}, {Reason.RECOMPUTE_CHEAPER: 16, Reason.LOAD_FAILED: 4}
+    assert admission_outcome(admission, 100) == CacheOutcome(
+        {POOL: 8, "disk": 4}, {MissReason.RECOMPUTE_CHEAPER: 16, MissReason.LOAD_FAILED: 4}
     )
-    assert admission_outcome(Admission(0, {}, MatchEnd.INEXACT), 100) == Outcome(refused=Reason.INEXACT)
-    assert admission_outcome(Admission(0, {}, MatchEnd.TOKENS_DIFFER), 9) == Outcome(refused=Reason.COLLISION)
+    assert admission_outcome(Admission(0, {}, MatchEnd.INEXACT), 100) == CacheOutcome(refused=MissReason.INEXACT)
+    assert admission_outcome(Admission(0, {}, MatchEnd.TOKENS_DIFFER), 9) == CacheOutcome(refused=MissReason.COLLISION)
 
 
 def test_without_a_cache_nothing_else_is_said() -> None:
     outcome = admission_outcome(Admission(0, {}, MatchEnd.OFF, partial_tokens=1), 9)
-    assert told(explain(ledger_with(chain(range(9))), chain(range(9)), outcome, hit_unit=SIZE)) == [
-        (Reason.CACHE_OFF, 0, 9)
+    assert miss_spans(explain(ledger_with(chain(range(9))), chain(range(9)), outcome, hit_unit=SIZE)) == [
+        (MissReason.CACHE_OFF, 0, 9)
     ]
 
 
@@ -300,8 +321,12 @@ def test_what_was_generated_since_is_no_part_of_the_prompt() -> None:
     grown.append(6)
     grown.append(7)
     ledger = ledger_with(chain([0, 1, 2, 9]))
-    explanation = explain(ledger, grown, Outcome(), hit_unit=SIZE, prompt_tokens=6)
-    assert told(explanation) == [(Reason.ALIGNMENT, 0, 3), (Reason.DIVERGED, 3, 1), (Reason.PARTIAL, 4, 2)]
+    explanation = explain(ledger, grown, CacheOutcome(), hit_unit=SIZE, prompt_tokens=6)
+    assert miss_spans(explanation) == [
+        (MissReason.ALIGNMENT, 0, 3),
+        (MissReason.DIVERGED, 3, 1),
+        (MissReason.PARTIAL, 4, 2),
+    ]
     assert explanation.divergence == Divergence(3, (0, 1, 2), (9,), (3, 4, 5), cached=True)
 
 
@@ -315,5 +340,9 @@ def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
     prompt.asked = 0
     outcome = outcome_of([(POOL, ledger.cached_run(prompt))], len(prompt), block_size=16, alignment=32)
     explanation = explain(ledger, prompt, outcome, hit_unit=32)
-    assert [reason for reason, _, _ in told(explanation)] == [Reason.EVICTED, Reason.DIVERGED, Reason.PARTIAL]
+    assert [reason for reason, _, _ in miss_spans(explanation)] == [
+        MissReason.EVICTED,
+        MissReason.DIVERGED,
+        MissReason.PARTIAL,
+    ]
     assert prompt.asked == 1

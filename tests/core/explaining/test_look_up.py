@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.explaining.explain import admission_outcome, look_up
-from emberkv.core.explaining.explanation import Outcome, Reason
+from emberkv.core.explaining.explanation import CacheOutcome, MissReason
 from tests.core.harness import Harness, chain
 from tests.core.lower import FakeTiers
 
@@ -17,10 +17,10 @@ def test_what_lies_below_counts_as_hit_if_it_would_be_loaded() -> None:
     prompt = chain(range(30))
     assert harness.lower is not None
     harness.lower.put(prompt.block_hashes[:4])
-    assert look_up(harness.cache, harness.lower, prompt) == Outcome({"disk": 16})
+    assert look_up(harness.cache, harness.lower, prompt) == CacheOutcome({"disk": 16})
     harness.lower.token_seconds = 0.1
-    assert look_up(harness.cache, harness.lower, prompt) == Outcome({}, {Reason.RECOMPUTE_CHEAPER: 16})
-    assert look_up(harness.cache, None, prompt) == Outcome()
+    assert look_up(harness.cache, harness.lower, prompt) == CacheOutcome({}, {MissReason.RECOMPUTE_CHEAPER: 16})
+    assert look_up(harness.cache, None, prompt) == CacheOutcome()
 
 
 def test_what_only_a_look_up_over_the_network_can_tell() -> None:
@@ -29,14 +29,16 @@ def test_what_only_a_look_up_over_the_network_can_tell() -> None:
     assert harness.lower is not None
     harness.lower.put(prompt.block_hashes[:2])
     harness.lower.pending = set(prompt.block_hashes[2:])
-    assert look_up(harness.cache, harness.lower, prompt) == Outcome({"disk": 8}, {Reason.LOOK_UP: 20})
+    assert look_up(harness.cache, harness.lower, prompt) == CacheOutcome({"disk": 8}, {MissReason.LOOK_UP: 20})
     harness.lower.token_seconds = 0.1
-    declined = Outcome({}, {Reason.RECOMPUTE_CHEAPER: 8, Reason.LOOK_UP: 20})
+    declined = CacheOutcome({}, {MissReason.RECOMPUTE_CHEAPER: 8, MissReason.LOOK_UP: 20})
     assert look_up(harness.cache, harness.lower, prompt) == declined
 
 
 def test_a_cache_that_is_off() -> None:
-    assert look_up(Harness(enabled=False).cache, None, chain(range(9))) == Outcome(set_aside={Reason.CACHE_OFF: 9})
+    assert look_up(Harness(enabled=False).cache, None, chain(range(9))) == CacheOutcome(
+        set_aside={MissReason.CACHE_OFF: 9}
+    )
 
 
 def test_state_that_is_not_exact() -> None:
@@ -44,7 +46,7 @@ def test_state_that_is_not_exact() -> None:
     harness.add("first", [1, 2], new=6)
     harness.finish()
     grown = [1, 2, *(1000 + length for length in range(2, 8)), 9]
-    assert look_up(harness.cache, None, chain(grown)).refused is Reason.INEXACT
+    assert look_up(harness.cache, None, chain(grown)).refused is MissReason.INEXACT
 
 
 @settings(deadline=None)

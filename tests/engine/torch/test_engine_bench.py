@@ -18,15 +18,15 @@ from tests.models import CONTEXT
 def test_a_model_is_measured_as_a_server_would_run_it(checkpoint: CheckpointFactory, chunk: int, budget: int) -> None:
     options = ModelOptions(model=str(checkpoint("llama")), device="cpu", machine_cache=MACHINE_CACHE)
     config = EngineConfig(2**26, options.block_size, chunk, max_step_tokens=budget)
-    told: list[str] = []
+    progress_lines: list[str] = []
     others = threading.enumerate()
-    bench = EngineBench(options, config, told.append)
+    bench = EngineBench(options, config, progress_lines.append)
     assert [each.rows for each in bench.linears] == list(LINEAR_ROWS)
     assert (bench.device, bench.memory > 0) == (torch.device("cpu"), True)
-    prefills = bench.prefills(1, told.append)
+    prefills = bench.prefills(1, progress_lines.append)
     assert list(prefills) == list(prefill_grid(CONTEXT, bench.alignment, budget))
     assert min(prefills.values()) > 0
-    assert told[-2:] == ["matrix products", "first tokens, round 1 of 1"]
+    assert progress_lines[-2:] == ["matrix products", "first tokens, round 1 of 1"]
     tier = MemoryTier(2**26)
     assert min(bench.tier(tier)) > 0
     assert tier.stats().entries == 0

@@ -94,7 +94,7 @@ def test_eviction_in_between_changes_no_bit(engines: Engines) -> None:
 
 @EVERY_KIND
 def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(engines: Engines) -> None:
-    """Whoever computed them: prefills cut by hits, together with others that decode."""
+    """However they were computed: by prefills cut by hits, together with others that decode."""
     rng = random.Random(engines.name)
     warm, cold = engines.warm(), engines.cold()
     stem = text(rng, 200)

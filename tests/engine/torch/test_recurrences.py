@@ -14,7 +14,7 @@ from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 from emberkv.engine.torch.model.state_layers import StateGeometry
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.recurrence import NativeRecurrence
-from emberkv.engine.torch.recurrence import Recurrence, Rule
+from emberkv.engine.torch.recurrence import Recurrence, UpdateRule
 from emberkv.engine.torch.state_step import StateStep, state_step
 from emberkv.errors import UnsupportedModelError
 
@@ -39,7 +39,7 @@ class Kind:
         keys, inner = self.key_heads * self.depth, self.heads * self.width
         state = StateGeometry(LAYER, 3, 2 * keys + inner, self.heads, self.depth, self.width)
         size = (self.width if self.delta else inner // self.key_heads) if self.normed else 0
-        rule = Rule(
+        rule = UpdateRule(
             self.delta, self.key_heads, 0.0 if self.delta else 0.01, beta_factor=1.5, norm_size=size, epsilon=1e-5,
             gated_first=self.gated_first,
         )  # fmt: skip

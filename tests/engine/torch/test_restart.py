@@ -95,7 +95,7 @@ def test_a_restart_on_the_same_folder_hits_with_the_bits_of_a_cold_run(
     assert len(sampler.logits) == len(reference.logits) == 8
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
     stats = second.loop.stats()
-    assert (stats.loaded_blocks, dict(stats.tier_hit_tokens), dict(stats.tier_trouble)) == (
+    assert (stats.loaded_blocks, dict(stats.tier_hit_tokens), dict(stats.transfer_errors)) == (
         hit // 16,
         {"disk": hit},
         {},
@@ -137,7 +137,7 @@ def test_after_a_restart_a_hybrid_goes_on_from_its_checkpoint_with_the_bits_of_a
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
     stats = second.loop.stats()
     assert (stats.loaded_blocks, stats.checkpoints.get("loaded", 0)) == (2, hit > 256)
-    assert (dict(stats.tier_hit_tokens), dict(stats.tier_trouble)) == ({"disk": hit}, {})
+    assert (dict(stats.tier_hit_tokens), dict(stats.transfer_errors)) == ({"disk": hit}, {})
 
 
 def test_a_hybrid_s_checkpoint_goes_with_the_block_before_it_for_good(paged: ModelFactory, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emberkv.core.loading import LoadChoice
-from emberkv.core.stats import CacheStats
+from emberkv.core.stats import SchedulerStats
 from emberkv.errors import ConfigError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.cache.service import plain
@@ -158,7 +158,7 @@ def test_statistics(server: Server) -> None:
 
 
 def test_counters_become_plain_figures() -> None:
-    stats = CacheStats(load_choices=Counter({LoadChoice.LOAD: 2}), tier_hit_tokens=Counter(disk=16))
+    stats = SchedulerStats(load_choices=Counter({LoadChoice.LOAD: 2}), tier_hit_tokens=Counter(disk=16))
     figures = json.loads(json.dumps(plain(stats)))
     assert (figures["load_choices"], figures["tier_hit_tokens"]) == ({"load": 2}, {"disk": 16})
     tier = json.loads(json.dumps(plain(TierStats(skipped=Counter(queue=1)))))

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from emberkv.core.explaining.explanation import Explanation, LossKind, Reason
+from emberkv.core.explaining.explanation import Explanation, LossKind, MissReason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.engine.request import TokenOutput
 from emberkv.serving.cache.ledger_store import LedgerStore
@@ -32,7 +32,7 @@ def explained(harness: Harness, ledger_store: LedgerStore, request_id: str, prom
     return found[0]
 
 
-def reasons(explanation: Explanation) -> list[tuple[Reason, int, int]]:
+def reasons(explanation: Explanation) -> list[tuple[MissReason, int, int]]:
     return [(miss.reason, miss.start, miss.tokens) for miss in explanation.misses]
 
 
@@ -42,9 +42,9 @@ def test_the_reason_is_known_with_the_first_output() -> None:
         cold = explained(harness, ledger_store, "a", PROMPT)
         warm = explained(harness, ledger_store, "b", PROMPT)
         other = explained(harness, ledger_store, "c", [*PROMPT[:9], 40, *PROMPT[10:]])
-    assert reasons(cold) == [(Reason.NEW, 0, 16), (Reason.PARTIAL, 16, 2)]
-    assert (warm.hit, reasons(warm)) == ({"pool": 16}, [(Reason.PARTIAL, 16, 2)])
-    left = [(Reason.ALIGNMENT, 8, 1), (Reason.DIVERGED, 9, 7), (Reason.PARTIAL, 16, 2)]
+    assert reasons(cold) == [(MissReason.NEW, 0, 16), (MissReason.PARTIAL, 16, 2)]
+    assert (warm.hit, reasons(warm)) == ({"pool": 16}, [(MissReason.PARTIAL, 16, 2)])
+    left = [(MissReason.ALIGNMENT, 8, 1), (MissReason.DIVERGED, 9, 7), (MissReason.PARTIAL, 16, 2)]
     assert (other.hit, reasons(other)) == ({"pool": 8}, left)
     assert other.divergence is not None
     assert (other.divergence.position, other.divergence.found[0], other.divergence.expected[0]) == (9, 40, 11)
@@ -57,6 +57,6 @@ def test_an_eviction_on_the_way_is_told() -> None:
         explained(harness, ledger_store, "b", [30, *PROMPT[1:]])
         again = explained(harness, ledger_store, "c", PROMPT)
     (evicted, _) = again.misses[-2:]
-    assert evicted.reason is Reason.EVICTED
+    assert evicted.reason is MissReason.EVICTED
     assert evicted.loss is not None
     assert (evicted.loss.tier, evicted.loss.at, evicted.loss.kind) == ("pool", 7.0, LossKind.EVICTED)

@@ -1,9 +1,9 @@
-"""The ledger_store between threads: news in order, readers that delay nobody, records that are bounded."""
+"""The ledger store between threads: updates in order, readers that delay no writer, records that are bounded."""
 
 import threading
 
 from emberkv.core.events import POOL, BlockRemoved, BlockStored
-from emberkv.core.explaining.explanation import Loss, LossKind, Outcome, Reason
+from emberkv.core.explaining.explanation import CacheOutcome, Loss, LossKind, MissReason
 from emberkv.core.explaining.ledger import Ledger, largest
 from emberkv.core.hashing import BlockHash
 from emberkv.serving.cache.ledger_store import COPIED_BLOCKS, LedgerStore
@@ -21,14 +21,14 @@ def ledger_store(**limits: int) -> LedgerStore:
 
 def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
     kept = ledger_store()
-    kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
+    kept.admitted("a", PROMPT, 10, CacheOutcome(), hit_unit=4)
     kept.apply([stored(PROMPT)])
-    kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), hit_unit=4)
+    kept.admitted("b", PROMPT, 10, CacheOutcome({POOL: 8}), hit_unit=4)
     first, second = kept.explained("a"), kept.explained("b")
     assert first is not None
     assert second is not None
-    assert [miss.reason for miss in first.misses] == [Reason.NEW, Reason.PARTIAL]
-    assert [miss.reason for miss in second.misses] == [Reason.PARTIAL]
+    assert [miss.reason for miss in first.misses] == [MissReason.NEW, MissReason.PARTIAL]
+    assert [miss.reason for miss in second.misses] == [MissReason.PARTIAL]
     with kept.reading() as ledger:
         assert ledger.known(SECOND).hits == 1
 
@@ -36,7 +36,7 @@ def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
 def test_only_the_last_records_are_kept() -> None:
     kept = ledger_store(max_records=2)
     for request_id in "abc":
-        kept.admitted(request_id, PROMPT, 10, Outcome(), hit_unit=4)
+        kept.admitted(request_id, PROMPT, 10, CacheOutcome(), hit_unit=4)
     assert [kept.explained(request_id) is not None for request_id in "abc"] == [False, True, True]
 
 
@@ -91,7 +91,7 @@ def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
         each = chain([number] * 4)
         kept.apply([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
     view = kept.copied()
-    kept.admitted("later", PROMPT, 10, Outcome(), hit_unit=4)
+    kept.admitted("later", PROMPT, 10, CacheOutcome(), hit_unit=4)
     assert kept.explained("later") is not None
     assert len(view) == 3 * COPIED_BLOCKS // 2
     assert len(largest(view, 10_000)) == len(view)
@@ -99,7 +99,7 @@ def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
 
 def test_an_explanation_that_is_there_waits_for_no_reader() -> None:
     kept = ledger_store()
-    kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
+    kept.admitted("a", PROMPT, 10, CacheOutcome(), hit_unit=4)
     found: list[object] = []
     asking = threading.Thread(target=lambda: found.append(kept.explained("a")), daemon=True)
     with kept.reading():

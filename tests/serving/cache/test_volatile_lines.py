@@ -1,4 +1,4 @@
-"""Volatile lines: found in the misses of requests, told from other differences, and what the suggested rule saves."""
+"""Volatile lines: found in the misses of requests, apart from other differences, and what the suggested rule saves."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
+from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, MissReason
 from emberkv.serving.cache.volatile_lines import MAX_LINES, MAX_LINES_OF_TENANT, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
 from tests.serving.api.test_cache_explain import ADMIN, ANN, BOB, HERE, Server, two_tenants
@@ -78,7 +78,7 @@ def observe(lines: VolatileLines, line: str, tenant: str = "ann", now: float = 0
     text = system(line)
     prompt = list(text.encode())
     position = text.index(line) + line.rindex(": ") + 2
-    misses = (Miss(Reason.DIVERGED, position, len(prompt) - position),)
+    misses = (Miss(MissReason.DIVERGED, position, len(prompt) - position),)
     explanation = Explanation(len(prompt), {}, misses, Divergence(position, (), (), (), cached=True))
     lines.observe(tenant, prompt, text, explanation, TOKENIZER, now)
 

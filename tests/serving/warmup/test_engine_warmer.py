@@ -19,7 +19,7 @@ from emberkv.engine.request import GenerationRequest, OutputListener, SamplingPa
 from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.serving.warmup.warmup import EngineWarmer, Warmup, WarmupPhase, WarmupSettings
+from emberkv.serving.warmup.warmup import EngineWarmer, Warmup, WarmupOptions, WarmupPhase
 from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.waiting import DEADLINE, eventually
 
@@ -40,7 +40,7 @@ def warming(
     **given: object,
 ) -> Iterator[Warmup]:
     """Over the harness's running loop, after the first pass."""
-    settings = WarmupSettings(unit=harness.scheduler.cache.kept_unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
+    settings = WarmupOptions(unit=harness.scheduler.cache.kept_unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
     warmup = Warmup(engine, settings, prompts, learned=learned, clock=clock)
     harness.loop.on_update(warmup.on_update)
@@ -155,7 +155,7 @@ def test_real_requests_go_first() -> None:
         order.extend(chunk.sequence.request_id.partition("-")[0] for chunk in plan.prefills)
 
     harness = Harness(FakeExecutor(on_step=on_step), num_blocks=48)
-    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupSettings(unit=BLOCK), [PROMPT])
+    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupOptions(unit=BLOCK), [PROMPT])
     with running(harness):
         warmup.start()
         eventually(lambda: harness.executor.steps == 1)
@@ -214,7 +214,7 @@ def test_prompts_that_can_never_fit() -> None:
 
 def test_an_engine_that_stopped() -> None:
     harness = Harness()
-    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupSettings(unit=BLOCK), [PROMPT])
+    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupOptions(unit=BLOCK), [PROMPT])
     harness.loop.stop()
     warmup.start()
     assert warmup.first_pass_ended.wait(DEADLINE)

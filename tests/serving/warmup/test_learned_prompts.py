@@ -17,7 +17,7 @@ from emberkv.serving.warmup.learned_prompts import (
     write_prefixes,
 )
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 
 BLOCK = 2
 NAMESPACE = b"n" * 32
@@ -217,7 +217,7 @@ def test_what_is_removed_is_forgotten_here_and_in_the_file(tmp_path: Path, resta
     run, first, _ = learned_two(tmp_path)
     if restarted:
         run = learned(tmp_path)
-    assert run.forget([first.block_hashes[1]]) == Removed(1)
+    assert run.forget([first.block_hashes[1]]) == RemovalResult(1)
     expected = [WarmPrompt((1, 1)), WarmPrompt((1, 1, 4, 4))]
     assert sorted(learned(tmp_path).restore(), key=lambda each: each.tokens) == expected
     assert WarmPrompt((1, 1, 2, 2, 3, 3)) not in run.restore()
@@ -228,7 +228,7 @@ def test_when_all_is_cleared_there_is_no_file(tmp_path: Path, restarted: bool) -
     run, _, _ = learned_two(tmp_path)
     if restarted:
         run = learned(tmp_path)
-    assert run.forget(None) == Removed(3)
+    assert run.forget(None) == RemovalResult(3)
     assert list(tmp_path.iterdir()) == []
     assert run.restore() == learned(tmp_path).restore() == []
 
@@ -239,4 +239,4 @@ def test_where_the_file_cannot_be_changed_the_reason_is_given(tmp_path: Path) ->
     path.unlink()
     path.mkdir()
     (path / "in the way").touch()
-    assert run.forget(None) == Removed(0, 3, "Is a directory")
+    assert run.forget(None) == RemovalResult(0, 3, "Is a directory")

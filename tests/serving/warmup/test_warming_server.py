@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
-from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
+from emberkv.serving.warmup.warmup import Warmup, WarmupOptions
 from tests.serving.harness import MODEL, Client
 from tests.serving.test_request_metrics import samples
 from tests.serving.warmup.test_warmup import ONE, TWO, FakePool
@@ -23,7 +23,7 @@ def pool() -> FakePool:
 def lifecycle(model: ServedModel, pool: FakePool) -> Iterator[Lifecycle]:
     """Warming, with a warmup that is not started."""
     lifecycle = Lifecycle()
-    settings = WarmupSettings(required=True, timeout=10.0)
+    settings = WarmupOptions(required=True, timeout=10.0)
     warmup = Warmup(pool, settings, [ONE, TWO], on_ready=lifecycle.warmed, clock=pool.clock)
     lifecycle.loaded(ServedModel(model.names, model.created, model.engine, model.tokenizer, warmup), warming=True)
     yield lifecycle
@@ -37,7 +37,7 @@ def warmup_of(lifecycle: Lifecycle) -> Warmup:
 
 
 def test_not_ready_but_answering(lifecycle: Lifecycle, client: Client) -> None:
-    assert lifecycle.phase is Phase.WARMING
+    assert lifecycle.phase is ServerPhase.WARMING
     ready = client.get("/ready")
     assert ready.status_code == 503
     assert ready.json() == {
@@ -82,9 +82,9 @@ def test_what_is_not_warm_is_told(lifecycle: Lifecycle, client: Client, pool: Fa
 
 
 def test_a_drain_is_not_ended_by_the_warmup(lifecycle: Lifecycle) -> None:
-    lifecycle.phase = Phase.DRAINING
+    lifecycle.phase = ServerPhase.DRAINING
     warmup_of(lifecycle).tick()
-    assert lifecycle.phase is Phase.DRAINING
+    assert lifecycle.phase is ServerPhase.DRAINING
 
 
 def test_metrics(lifecycle: Lifecycle, client: Client, pool: FakePool) -> None:

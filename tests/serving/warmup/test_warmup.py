@@ -13,7 +13,7 @@ from emberkv.engine.request import CacheUsage, OutputListener, TokenOutput
 from emberkv.errors import ConfigError, EngineStoppedError, PromptTooLongError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes
-from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport, WarmupSettings
+from emberkv.serving.warmup.warmup import Warmup, WarmupOptions, WarmupPhase, WarmupReport
 from tests.waiting import DEADLINE, eventually
 
 BLOCK = 2
@@ -31,7 +31,7 @@ class Clock:
 
 @dataclass
 class FakePool:
-    """An engine that computes a prompt in ``seconds`` of its clock, unless ``stuck`` or told to end it otherwise.
+    """An engine that computes a prompt in ``seconds`` of its clock, unless ``stuck`` or set to end it otherwise.
 
     computed: the prompts it was asked for, in order. blocks_done: of a stuck prompt, those that are cached by then.
     """
@@ -135,7 +135,7 @@ class Maker:
     ) -> Warmup:
         warmup = Warmup(
             self.pool,
-            WarmupSettings(**settings),  # type: ignore[arg-type]  # fields by name
+            WarmupOptions(**settings),  # type: ignore[arg-type]  # fields by name
             prompts,
             problems=problems,
             learned=learned,

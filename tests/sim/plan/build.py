@@ -4,24 +4,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from emberkv.sim.build import About
+from emberkv.sim.build import SimulatedSystem
 from emberkv.sim.config import Rates, SimulationConfig, Targets, Workload
 from emberkv.sim.plan import Plan, SetUpPoint, SimulationFigures, SizePoint
 from emberkv.sim.plan_times import Demand
-from emberkv.sim.summary import Load
+from emberkv.sim.summary import OfferedLoad
 from tests.workload.build import workload
 
 GIB = 2**30
 
 SIZES = [SizePoint(GIB << power, 16 << power, (power + 1) / 10, min(0.3, (power + 1) / 5)) for power in range(3)]
 
-ABOUT = About(
+ABOUT = SimulatedSystem(
     version="0", model="tiny", weights="bf16", hardware="card", devices=2, replicas=1, routing="random", kv_bytes=GIB,
     kv_blocks=16, block_size=16, defaults=(),
 )  # fmt: skip
 
 CHOSEN = SetUpPoint(
-    2, "ram", 2 * GIB, 0.3, 0.25, 7.0, SimulationFigures(900, 0, 0.28, 0.4, 2.5, 0.02, 1.9, Load(2.0, 1.9, 3, False, 2))
+    2,
+    "ram",
+    2 * GIB,
+    0.3,
+    0.25,
+    7.0,
+    SimulationFigures(900, 0, 0.28, 0.4, 2.5, 0.02, 1.9, OfferedLoad(2.0, 1.9, 3, False, 2)),
 )
 
 PLAN = Plan(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from emberkv.sim.config import Targets
 from emberkv.sim.plan import SimulationFigures, get_this, recommendation
-from emberkv.sim.summary import Load
+from emberkv.sim.summary import OfferedLoad
 from tests.sim.plan.build import CHOSEN, PLAN, SIZES, plan
 
 
@@ -39,7 +39,9 @@ def test_where_nothing_is_told_or_shared_it_promises_nothing() -> None:
 
 def test_what_to_get_comes_with_its_price_and_the_reasons() -> None:
     less = replace(
-        CHOSEN, replicas=1, simulated=SimulationFigures(900, 0, 0.2, 9.0, 30.0, 0.1, 1.0, Load(2.0, 1.0, 400, True, 2))
+        CHOSEN,
+        replicas=1,
+        simulated=SimulationFigures(900, 0, 0.2, 9.0, 30.0, 0.1, 1.0, OfferedLoad(2.0, 1.0, 400, True, 2)),
     )
     found = get_this(plan(price_per_hour=1.5, slo=Targets(ttft_ms=3000.0), set_ups=[less, *PLAN.set_ups]))
     assert found == [

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from emberkv.errors import WorkloadError
-from emberkv.sim.config import OutageConfig, SimulationConfig, Targets, TierConfig, with_changes
+from emberkv.sim.config import ModelledTierConfig, OutageConfig, SimulationConfig, Targets, with_changes
 from emberkv.sim.curves import first_requests
 from emberkv.sim.formatting import format_size
 from emberkv.sim.plan import MAX_UTILISATION, get_this
@@ -52,7 +52,7 @@ def test_lower_tiers_are_planned_where_they_hold_more_than_the_pools() -> None:
 
 
 def test_gateways_and_a_shared_tier_are_simulated_and_outages_are_not_planned_for() -> None:
-    shared = TierConfig(name="remote", capacity=RAM, shared=True)
+    shared = ModelledTierConfig(name="remote", capacity=RAM, shared=True)
     cluster = with_changes(GPU, {"gateways": 2, "tiers": [shared]})
     lost = with_changes(cluster, {"replicas": 2, "outages": [OutageConfig(replica=1, at=1.0)]})
     bare = Planner(chats(), lost).plan(replicas=1).set_ups[0]
@@ -62,9 +62,9 @@ def test_gateways_and_a_shared_tier_are_simulated_and_outages_are_not_planned_fo
 
 
 def test_only_a_few_set_ups_are_simulated_and_as_the_simulator_would() -> None:
-    told: list[str] = []
-    plan = Planner(chats(), GPU, on_progress=told.append).plan(replicas=1)
-    simulated = [each for each in told if each.startswith("simulating") and "requests" not in each]
+    progress: list[str] = []
+    plan = Planner(chats(), GPU, on_progress=progress.append).plan(replicas=1)
+    simulated = [each for each in progress if each.startswith("simulating") and "requests" not in each]
     assert simulated == ["simulating 1 replica", f"simulating 1 replica with {format_size(RAM)} of RAM each"]
     bare, *tiered = plan.set_ups
     expected = run_simulation(GPU, chats()).summary

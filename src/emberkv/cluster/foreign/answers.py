@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from emberkv.cluster.foreign.worker import Usage
+from emberkv.cluster.foreign.worker import ReportedUsage
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import ClusterError
@@ -49,7 +49,7 @@ def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def usage_of(answer: Any) -> Usage | None:
+def usage_of(answer: Any) -> ReportedUsage | None:
     """The usage in the JSON of an answer or a chunk, or None. llama.cpp may report cached tokens in ``timings``."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict) or not _is_count(usage.get("prompt_tokens")):
@@ -60,7 +60,7 @@ def usage_of(answer: Any) -> Usage | None:
     if cached is None and isinstance(timings, dict):
         cached = timings.get("cache_n")
     completion = usage.get("completion_tokens")
-    return Usage(
+    return ReportedUsage(
         usage["prompt_tokens"],
         completion if _is_count(completion) else 0,
         min(cached, usage["prompt_tokens"]) if _is_count(cached) else None,
@@ -89,7 +89,7 @@ class AnswerEvents:
     """
 
     def __init__(self, *, keeps_usage: bool, on_chunk: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self.usage: Usage | None = None
+        self.usage: ReportedUsage | None = None
         self.has_begun = False
         self.is_done = False
         self.has_failed = False
@@ -196,7 +196,7 @@ _BROKEN_OFF = ("abort", "error")
 
 
 @dataclass(slots=True)
-class _GivenCall:
+class _PartialCall:
     """What has arrived of a tool call. has_ended: it was passed on whole."""
 
     name: str = ""
@@ -209,26 +209,26 @@ class ChatAnswer:
     """The first choice of a chat completion: an `AnswerState`, and a `WholeMessage` once it has ended.
 
     prompt_tokens: what the prompt is assumed to have until the worker says it. stops: the request's stop strings.
-    silent: the request wants no tokens.
+    wants_no_tokens: the ``max_tokens`` of the request is 0.
 
     Of several tool calls, one is passed on as it comes, and the others once it has ended: servers may send them mixed,
     and the other APIs have them one after another.
     """
 
-    def __init__(self, prompt_tokens: int, stops: tuple[str, ...] = (), *, silent: bool = False) -> None:
+    def __init__(self, prompt_tokens: int, stops: tuple[str, ...] = (), *, wants_no_tokens: bool = False) -> None:
         self.usage = CacheUsage(prompt_tokens, 0)
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
         self.calls = 0
-        self.silent = silent
+        self.wants_no_tokens = wants_no_tokens
         self.error = ""
         self._stops = stops
         self._events: list[OutputEvent] = []
         self._builder = MessageBuilder()
-        self._given: dict[int, _GivenCall] = {}  # by the worker's index, in the order of their beginnings
-        self._open: _GivenCall | None = None
+        self._calls: dict[int, _PartialCall] = {}  # by the worker's index, in the order of their beginnings
+        self._open: _PartialCall | None = None
 
     @property
     def answer(self) -> "ChatAnswer":
@@ -265,7 +265,7 @@ class ChatAnswer:
     def end(self) -> None:
         """Say that the answer has ended."""
         self._end_call()
-        for call in self._given.values():
+        for call in self._calls.values():
             if not call.has_ended:
                 self._begin_call(call)
                 self._end_call()
@@ -282,19 +282,19 @@ class ChatAnswer:
         self.reasoning_tokens = reasoning if type(reasoning) is int else 0
 
     def _read(self, choice: Json, part: Any) -> None:
-        if self.silent:  # the worker was asked for the one token that it has to give
+        if self.wants_no_tokens:  # the worker was asked for the one token that it has to give
             self.finish_reason = FinishReason.LENGTH
             return
-        given = part if isinstance(part, dict) else {}
-        reasoning = next((text for name in _REASONING if isinstance(text := given.get(name), str) and text), "")
-        content = given.get("content")
+        fields = part if isinstance(part, dict) else {}
+        reasoning = next((text for name in _REASONING if isinstance(text := fields.get(name), str) and text), "")
+        content = fields.get("content")
         if reasoning:
             self._end_call()
             self._add(ReasoningText(reasoning))
         if isinstance(content, str) and content:
             self._end_call()
             self._add(ContentText(content))
-        listed = given.get("tool_calls")
+        listed = fields.get("tool_calls")
         for call in listed if isinstance(listed, list) else ():
             if isinstance(call, dict):
                 self._read_call(call)
@@ -314,28 +314,28 @@ class ChatAnswer:
         index = call.get("index")
         if type(index) is not int:  # some servers do not number them
             index = self._unnumbered(call.get("id"), name)
-        given = self._given.setdefault(index, _GivenCall())
-        given.name = given.name or (name if isinstance(name, str) else "")
-        given.call_id = given.call_id or str(call.get("id") or "")
-        if given.has_ended:
+        partial = self._calls.setdefault(index, _PartialCall())
+        partial.name = partial.name or (name if isinstance(name, str) else "")
+        partial.call_id = partial.call_id or str(call.get("id") or "")
+        if partial.has_ended:
             return  # text or reasoning came after it
         if isinstance(arguments, str) and arguments:
-            given.arguments.append(arguments)
-            if given is self._open:
+            partial.arguments.append(arguments)
+            if partial is self._open:
                 self._add(CallArguments(self.calls - 1, arguments))
-        if self._open is None and given.name:  # the name may come in a later chunk than the id
-            self._begin_call(given)
+        if self._open is None and partial.name:  # the name may come in a later chunk than the id
+            self._begin_call(partial)
 
     def _unnumbered(self, call_id: object, name: object) -> int:
         """The index of a call without one: the last call's, unless a name comes with another id, or a second one
         without an id. Some servers give each chunk of a call an id of its own.
         """
-        last = max(self._given, default=0)
-        known = self._given.get(last, _GivenCall())
+        last = max(self._calls, default=0)
+        known = self._calls.get(last, _PartialCall())
         is_same = bool(call_id) and call_id == known.call_id
         return last + (bool(name and known.name) and not is_same)
 
-    def _begin_call(self, call: _GivenCall) -> None:
+    def _begin_call(self, call: _PartialCall) -> None:
         """Begin to pass on a call, with the arguments that it has already."""
         self._open = call
         self.calls += 1

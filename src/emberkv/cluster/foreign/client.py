@@ -27,18 +27,18 @@ class ForeignClient:
     A request on a connection that was kept from an earlier one is sent again once if the connection ends before the
     response begins: servers close such connections at any time, which says nothing about the request.
 
-    url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. hands_on_keys: whether clients' own keys are
+    url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. forwards_keys: whether clients' own keys are
     forwarded if there is no ``key``.
 
     Each method raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError if the server does not answer.
     """
 
     def __init__(
-        self, url: str, *, key: str | None = None, hands_on_keys: bool = False, deadlines: Deadlines | None = None
+        self, url: str, *, key: str | None = None, forwards_keys: bool = False, deadlines: Deadlines | None = None
     ) -> None:
         self.url = url
         self._own = {"authorization": f"Bearer {key}"} if key else {}
-        self._hands_on_keys = hands_on_keys and not key
+        self._forwards_keys = forwards_keys and not key
         self._deadlines = deadlines or Deadlines()
         self._http: aiohttp.ClientSession | None = None
 
@@ -79,7 +79,7 @@ class ForeignClient:
             name: value
             for name, value in headers.items()
             if name in FORWARDED or (name.startswith("x-") and name not in NOT_FORWARDED)
-            or (self._hands_on_keys and name in ("authorization", "x-api-key"))
+            or (self._forwards_keys and name in ("authorization", "x-api-key"))
         }  # fmt: skip
         async with self._response("POST", path, {**kept, **self._own}, body, None) as response:
             yield response

@@ -39,16 +39,16 @@ class MessageResponseWriter(Protocol):
 class Conversion:
     """A request as a chat completion.
 
-    chat: the body of that, without ``stream``. writer: makes the writer of its answer. stops: its stop strings. silent:
-    it wants no tokens. user_id: names its session where no header does. left_out: how many parts of the request are not
-    in the prompt, by type.
+    chat: the body of that, without ``stream``. writer: makes the writer of its answer. stops: its stop strings.
+    wants_no_tokens: its ``max_tokens`` is 0. user_id: names its session where no header does. left_out: how many parts
+    of the request are not in the prompt, by type.
     """
 
     chat: Json
     streams: bool
     writer: Callable[[RequestContext], MessageResponseWriter]
     stops: tuple[str, ...] = ()
-    silent: bool = False
+    wants_no_tokens: bool = False
     user_id: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ def convert(api: str, body: bytes, tenant: Tenant, store: ResponseStore) -> Conv
 def _converted_messages(body: bytes, tenant: Tenant) -> Conversion:
     request = parse_body(MessagesRequest, body)
     chat, left_out = prompt_body(request)
-    given = {
+    settings = {
         "max_tokens": max(1, request.max_tokens),
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -70,11 +70,11 @@ def _converted_messages(body: bytes, tenant: Tenant) -> Conversion:
         "response_format": _response_format(request),
     }
     return Conversion(
-        {**chat, **{name: value for name, value in given.items() if value is not None}},
+        {**chat, **{name: value for name, value in settings.items() if value is not None}},
         bool(request.stream),
         lambda context: MessageWriter(context.request_id, request.model, Signer(tenant.salt)),
         tuple(request.stop_sequences or ()),
-        silent=request.max_tokens == 0,
+        wants_no_tokens=request.max_tokens == 0,
         user_id=request.user_id,
         left_out=left_out,
     )
@@ -120,10 +120,10 @@ def _tool_fields(conversation: Conversation) -> Json:
 
 
 def _response_format(request: MessagesRequest) -> Json | None:
-    given = (request.output_config or {}).get("format") or request.output_format
-    if given is None or given.get("type") != "json_schema" or "json_schema" in given:
-        return given
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": given.get("schema")}}
+    wanted = (request.output_config or {}).get("format") or request.output_format
+    if wanted is None or wanted.get("type") != "json_schema" or "json_schema" in wanted:
+        return wanted
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted.get("schema")}}
 
 
 def _converted_responses(body: bytes, tenant: Tenant, store: ResponseStore) -> Conversion:

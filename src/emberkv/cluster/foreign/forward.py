@@ -22,15 +22,15 @@ from emberkv.cluster.foreign.answers import (
 )
 from emberkv.cluster.foreign.conversion import Conversion, MessageResponseWriter
 from emberkv.cluster.foreign.prompts import RoutedPrompt
-from emberkv.cluster.foreign.worker import ForeignWorker, Usage
+from emberkv.cluster.foreign.worker import ForeignWorker, ReportedUsage
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import ClusterError, EmberError, WorkerLostError
 from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.api.openai_api import DONE
 from emberkv.serving.errors import (
-    Failure,
     GenerationFailedError,
+    HttpFailure,
     anthropic_error,
     anthropic_status,
     failure_mid_stream,
@@ -76,7 +76,7 @@ class ForwardedRequest:
         if self.conversion is None:
             return None
         known = len(self.prompt.chain) if self.prompt.in_tokens else 0
-        return ChatAnswer(known, self.conversion.stops, silent=self.conversion.silent)
+        return ChatAnswer(known, self.conversion.stops, wants_no_tokens=self.conversion.wants_no_tokens)
 
 
 @dataclass(slots=True)
@@ -182,7 +182,7 @@ class Attempt:
         if self._recorder is not None and self._taken is not None:
             self._recorder.refused(self._taken)
 
-    def end(self, usage: Usage | None, reason: FinishReason, parts: int = 0) -> None:
+    def end(self, usage: ReportedUsage | None, reason: FinishReason, parts: int = 0) -> None:
         """Record the end of the answer, whether it is complete or not. usage: None if the worker did not report it;
         ``parts`` then count as the answer's tokens.
         """
@@ -373,7 +373,7 @@ def _converted_error(attempt: Attempt, status: int, answer: Any, headers: Mappin
     """A worker's error in the words of the API that the client speaks."""
     said = answer.get("error", answer) if isinstance(answer, dict) else None
     text = said.get("message") if isinstance(said, dict) else said
-    failure = Failure(status, str(text or f"the worker answers with status {status}"))
+    failure = HttpFailure(status, str(text or f"the worker answers with status {status}"))
     own = _converted(headers)
     if attempt.request.context.api == "messages":
         return JSONResponse(anthropic_error(failure), anthropic_status(failure), own)

@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.serving.api.openai_api import DONE
-from emberkv.serving.errors import Failure, anthropic_error, failure_mid_stream, openai_error
+from emberkv.serving.errors import HttpFailure, anthropic_error, failure_mid_stream, openai_error
 from emberkv.serving.event_stream import StreamTimes, ping_comment, sse_comments, sse_event, unless_disconnected
 
 HEADERS = [
@@ -103,14 +103,14 @@ class _Continued:
             if not message.get("more_body", False):
                 await _send_last(self._send, error_event(self._api, self._failure()))
 
-    def _failure(self) -> Failure:
+    def _failure(self) -> HttpFailure:
         answer = decoded(self._body)
         error = answer.get("error") if isinstance(answer, dict) else None
         said = error.get("message") if isinstance(error, dict) else error
-        return Failure(max(self._status, 400), str(said or f"the worker answers with status {self._status}"))
+        return HttpFailure(max(self._status, 400), str(said or f"the worker answers with status {self._status}"))
 
 
-def error_event(api: str, failure: Failure) -> bytes:
+def error_event(api: str, failure: HttpFailure) -> bytes:
     """The last event of a stream of ``api`` that fails before its first token."""
     if api == "messages":
         return sse_event(anthropic_error(failure), "error")

@@ -24,11 +24,11 @@ from emberkv.cluster.foreign.worker import ForeignWorker
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.policies import Decision
 from emberkv.cluster.routing import RoutingRequest
-from emberkv.cluster.workers import Replica
+from emberkv.cluster.workers import RoutedWorker
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, EmberError, RequestError, WorkerLostError
-from emberkv.serving.admission import InFlight, TenantLimits
+from emberkv.serving.admission import ConcurrencyLimit, TenantLimits
 from emberkv.serving.answer_service import LEFT_OUT_HEADER, ROUTE_HEADER, counts_header
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
@@ -80,7 +80,7 @@ class ForeignRoutes(CacheRoutes):
         reader: PromptReader,
         engine: Callable[[], ClusterEngine | None],
         *,
-        in_flight: InFlight,
+        in_flight: ConcurrencyLimit,
         recorder: TraceRecorder | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -124,14 +124,14 @@ class ForeignRoutes(CacheRoutes):
         @router.get("/v1/models", dependencies=[guard])
         async def models(http: Request) -> Response:
             if speaks_anthropic(http) and self._lifecycle.has_model:
-                return _HandedOn(b"")
+                return _ByOtherRoutes(b"")
             return JSONResponse({"object": "list", "data": list(self._cards().values())})
 
         @router.get("/v1/models/{name:path}", dependencies=[guard])
         async def card(name: str, http: Request) -> Response:
             cards = self._cards()
             if self._lifecycle.has_model and (speaks_anthropic(http) or name not in cards):
-                return _HandedOn(b"")
+                return _ByOtherRoutes(b"")
             if name not in cards:
                 raise self._unknown(name)
             return JSONResponse(cards[name])
@@ -144,7 +144,7 @@ class ForeignRoutes(CacheRoutes):
     async def _other(self, http: Request) -> Response:
         """Pass on a route that only emberkv workers have. Raises NotFoundError if there are no such workers."""
         if self._lifecycle.has_model or self._membership.workers:
-            return _HandedOn(await http.body())
+            return _ByOtherRoutes(await http.body())
         raise NotFoundError(
             f"this gateway does not support {http.url.path}, as it has only foreign workers; use "
             "/v1/chat/completions, /v1/completions, /v1/messages or /v1/responses"
@@ -157,7 +157,7 @@ class ForeignRoutes(CacheRoutes):
         """
         raw = await http.body()
         if self._lifecycle.has_model or self._membership.workers:
-            return _HandedOn(raw)
+            return _ByOtherRoutes(raw)
 
         def count() -> int | None:
             body, _ = prompt_body(parse_body(PromptRequest, raw))
@@ -184,7 +184,7 @@ class ForeignRoutes(CacheRoutes):
                 return JSONResponse(self._explained(past, prompt, worker))
         foreign = [] if question.openai is None else self._serving(question.openai.get("model"))
         if not foreign:
-            return _HandedOn(body)
+            return _ByOtherRoutes(body)
         assert question.openai is not None, "only then there are foreign workers for it"
         whose = tenant if tenant is not None else tenant_meant(question, self._tenants)
         asked = question.openai
@@ -196,13 +196,13 @@ class ForeignRoutes(CacheRoutes):
         own = self._own(asked.get("model"))
         rewritten, canonical = canonical_body(asked, self._preparer.rules)
         prompt = await self._preparer.run(partial(self._reader.read, rewritten, tenant, own), len(body))
-        candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
+        candidates: list[RoutedWorker] = [*foreign, *(self._membership.up if own is not None else ())]
         found = self._membership.choose(self._routing(prompt, ""), candidates, lambda _: False)
         if found is None:
             raise NotReadyError("no worker is up; send it again later")
         worker, decision = found
         if not isinstance(worker, ForeignWorker):
-            return _HandedOn(body)
+            return _ByOtherRoutes(body)
         answer = self._explained(worker.explain(prompt), prompt, worker)
         workers = [_estimate_json(each, decision) for each in candidates]
         return JSONResponse({**answer, "canonical": dict(canonical), "why": decision.reason.value, "workers": workers})
@@ -223,13 +223,13 @@ class ForeignRoutes(CacheRoutes):
             return self._not_forwarded(model, raw)
         own = self._own(model)
         if own is not None and api in _CONVERTED:  # emberkv workers have these APIs themselves
-            return _HandedOn(raw)
+            return _ByOtherRoutes(raw)
         self._lifecycle.check_accepting()
         accepted = _Accepted(tenant.name, self._in_flight, self._answers.limits)
         try:
             work = partial(self._read, http, tenant, api, body, raw, own)
             request = await self._preparer.run(work, len(raw))
-            candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
+            candidates: list[RoutedWorker] = [*foreign, *(self._membership.up if own is not None else ())]
             begin = partial(self._forward, request, candidates, raw, accepted)
             if request.streams:
                 return LateStream(begin, api, self._times, accepted.leave)
@@ -281,7 +281,7 @@ class ForeignRoutes(CacheRoutes):
         )
 
     async def _forward(
-        self, request: ForwardedRequest, candidates: Sequence[Replica], raw: bytes, accepted: "_Accepted"
+        self, request: ForwardedRequest, candidates: Sequence[RoutedWorker], raw: bytes, accepted: "_Accepted"
     ) -> Response:
         """Try one worker after the other until one has begun an answer.
 
@@ -308,10 +308,10 @@ class ForeignRoutes(CacheRoutes):
             worker, decision = found
             left.remove(worker)
             if not isinstance(worker, ForeignWorker):
-                accepted.leave()  # it counts again where it is handed on to, and is traced there
+                accepted.leave()  # it counts again on the route that answers it, and is traced there
                 if trace is not None:
                     trace.failed()
-                return _HandedOn(raw)
+                return _ByOtherRoutes(raw)
             accepted.count(len(request.prompt.chain))
             if trace is None:
                 trace = self._answers.begin_trace(request.context, request.model)
@@ -370,7 +370,7 @@ class ForeignRoutes(CacheRoutes):
         Raises RequestError for an invalid body, and else NotReadyError or UnknownModelError.
         """
         if self._lifecycle.has_model:
-            return _HandedOn(raw)
+            return _ByOtherRoutes(raw)
         if not isinstance(decoded(raw), dict):
             raise RequestError("the body is not a JSON object")
         if self._fleet.up and not any(worker.serves(model) for worker in self._fleet.workers):
@@ -410,7 +410,7 @@ class ForeignRoutes(CacheRoutes):
 class _Accepted:
     """What a request counts as, from its arrival until `leave`. Raises TooManyRequestsError if there are too many."""
 
-    def __init__(self, tenant: str, in_flight: InFlight, limits: TenantLimits) -> None:
+    def __init__(self, tenant: str, in_flight: ConcurrencyLimit, limits: TenantLimits) -> None:
         self._tenant = tenant
         self._in_flight = in_flight
         self._limits = limits
@@ -444,7 +444,7 @@ def _no_answer(failure: ClusterError | None, losses: int) -> EmberError:
     return NotReadyError(f"no worker that serves the model answers{reason}; send it again later")
 
 
-def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
+def _estimate_json(worker: RoutedWorker, decision: Decision) -> dict[str, Any]:
     estimate = estimate_json(worker, decision)
     cached = None if estimate is None else sum(estimate["cached_tokens"].values())
     return {"worker": worker.worker_id, "index": worker.index, "hit_tokens": cached, "estimate": estimate}
@@ -457,7 +457,7 @@ class _ForeignRoute(APIRoute):
         return (Match.NONE, {}) if scope.get(ELSEWHERE) else super().matches(scope)
 
 
-class _HandedOn(Response):
+class _ByOtherRoutes(Response):
     """Passes the request on to the other routes of the app. body: the request's body, which has been read."""
 
     def __init__(self, body: bytes) -> None:

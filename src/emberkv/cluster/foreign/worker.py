@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.foreign.prompts import RoutedPrompt
 from emberkv.cluster.policies import ReplicaState
-from emberkv.cluster.workers import EXACT, Replica, WorkerStatus
+from emberkv.cluster.workers import EXACT, RoutedWorker, WorkerStatus
 from emberkv.core.events import POOL, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import Explanation, Outcome
+from emberkv.core.explaining.explanation import CacheOutcome, Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.errors import ConfigError, WorkerTimeoutError
@@ -38,7 +38,7 @@ last token of a prompt is always computed.
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class AssumedPrefix:
     """The leading blocks of a prompt that the worker is assumed to have, by the time of each one's last use."""
 
     used: Sequence[float]
@@ -66,7 +66,7 @@ class AssumedBlocks:
     def __len__(self) -> int:
         return len(self._used)
 
-    def held(self, chain: TokenChain) -> Held:
+    def held(self, chain: TokenChain) -> AssumedPrefix:
         """The leading blocks of a prompt that are assumed to be cached."""
         used = []
         for block_hash in chain.block_hashes:
@@ -74,7 +74,7 @@ class AssumedBlocks:
             if at is None:
                 break
             used.append(at)
-        return Held(used)
+        return AssumedPrefix(used)
 
     def computed(self, chain: TokenChain, now: float) -> None:
         """Record that the worker has computed a prompt, so that all of its blocks are cached."""
@@ -88,7 +88,7 @@ class AssumedBlocks:
             gone.append(self._used.popitem(last=False)[0])
         self._publish([*events, *([BlockRemoved(tuple(gone))] if gone else [])])
 
-    def corrected(self, held: Held, found_blocks: int) -> int:
+    def corrected(self, held: AssumedPrefix, found_blocks: int) -> int:
         """Correct the estimate by an answer: the worker has reused ``found_blocks``, and ``held`` had been assumed.
 
         A missing block means that all blocks with no later last use are evicted, too. Returns the number of blocks that
@@ -260,7 +260,7 @@ class ExactFeed(Protocol):
 
 
 @dataclass(slots=True)
-class Rates:
+class ObservedRates:
     """Moving averages of a worker's rates; None before the first observation.
 
     prefill: prompt tokens per second. step: seconds from one token to the next.
@@ -283,7 +283,7 @@ def _mean(before: float | None, now: float) -> float:
 
 
 @dataclass(slots=True, eq=False)
-class Sent:
+class SentRequest:
     """A request that was sent to a worker.
 
     held: the blocks of its prompt that were assumed to be cached. at, begun_at: monotonic seconds of sending and of the
@@ -292,14 +292,14 @@ class Sent:
 
     request_id: str
     prompt: RoutedPrompt
-    held: Held
+    held: AssumedPrefix
     at: float
     found_idle: bool
     begun_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ReportedUsage:
     """An answer's ``usage``, in tokens. cached: None if the worker does not report it."""
 
     prompt: int
@@ -307,7 +307,7 @@ class Usage:
     cached: int | None
 
 
-class ForeignWorker(Replica):
+class ForeignWorker(RoutedWorker):
     """One server with the OpenAI API. All methods are called from one event loop.
 
     usual_step: the mean seconds of a decode step at all foreign workers, so that a worker with fewer requests does not
@@ -330,7 +330,7 @@ class ForeignWorker(Replica):
         self.usual_step = usual_step
         self.models: dict[str, dict[str, Any]] = {}
         self.models_read: float | None = None
-        self.rates = Rates()
+        self.rates = ObservedRates()
         self.feed: ExactFeed | None = None
         self.ledger = LedgerStore(Ledger())
         self.prompt_tokens = self.cached_tokens = 0
@@ -389,10 +389,10 @@ class ForeignWorker(Replica):
         self._assumed.clear()
         self.publish(events)
 
-    def begin(self, request_id: str, prompt: RoutedPrompt, expected: int, now: float) -> Sent:
+    def begin(self, request_id: str, prompt: RoutedPrompt, expected: int, now: float) -> SentRequest:
         """Record that a request is sent. expected: tokens of its prompt that are expected to be cached or in flight."""
         self._assumed.expire(now)
-        sent = Sent(request_id, prompt, self._assumed.held(prompt.chain), now, not self.unreported_tokens)
+        sent = SentRequest(request_id, prompt, self._assumed.held(prompt.chain), now, not self.unreported_tokens)
         length = len(prompt.chain)
         self.ledger.admitted(request_id, prompt.chain, length, self._outcome(prompt), hit_unit=prompt.chain.block_size)
         self._prompts[request_id] = length
@@ -405,21 +405,21 @@ class ForeignWorker(Replica):
         with self.ledger.reading() as ledger:
             return explain(ledger, prompt.chain, outcome, hit_unit=prompt.chain.block_size)
 
-    def _outcome(self, prompt: RoutedPrompt) -> Outcome:
+    def _outcome(self, prompt: RoutedPrompt) -> CacheOutcome:
         """The cached tokens of a prompt: whole blocks, without the last token, which is always computed."""
         chain = prompt.chain
         with self.ledger.reading() as ledger:
             found = min(ledger.cached_run(chain), (len(chain) - 1) // chain.block_size) * chain.block_size
-        return Outcome({POOL: found} if found > 0 else {})
+        return CacheOutcome({POOL: found} if found > 0 else {})
 
-    def first_token(self, sent: Sent, now: float) -> None:
+    def first_token(self, sent: SentRequest, now: float) -> None:
         """Record that the prompt is computed."""
         sent.begun_at = now
         self.begun(sent.request_id)
         if self.feed is None or not self.feed.has_heard:
             self._assumed.computed(sent.prompt.chain, now)
 
-    def finish(self, sent: Sent, usage: Usage | None, now: float) -> None:
+    def finish(self, sent: SentRequest, usage: ReportedUsage | None, now: float) -> None:
         """Record the end of an answer, whether it is complete or not. usage: None if the worker did not report it."""
         self._prompts.pop(sent.request_id, None)
         self.ended(sent.request_id)
@@ -434,7 +434,7 @@ class ForeignWorker(Replica):
                 self.rates.computed(usage.prompt - (usage.cached or 0), sent.begun_at - sent.at)
             self.rates.decoded(usage.completion - 1, now - sent.begun_at)
 
-    def _correct(self, sent: Sent, prompt_tokens: int, cached_tokens: int) -> None:
+    def _correct(self, sent: SentRequest, prompt_tokens: int, cached_tokens: int) -> None:
         """Correct the assumed blocks by the cached tokens that the worker reports."""
         chain = sent.prompt.chain
         here = cached_tokens * len(chain) / max(1, prompt_tokens)  # in the chain's tokens

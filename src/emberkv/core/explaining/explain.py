@@ -8,13 +8,13 @@ from typing import TypeVar
 from emberkv.core.block import MatchEnd
 from emberkv.core.events import POOL
 from emberkv.core.explaining.explanation import (
+    CacheOutcome,
     Divergence,
     Explanation,
     Loss,
     LossKind,
     Miss,
-    Outcome,
-    Reason,
+    MissReason,
     outcome_of,
 )
 from emberkv.core.explaining.ledger import Entry, Ledger
@@ -39,29 +39,33 @@ COMPARED_SIBLINGS = 64
 """How many equally near blocks, on either side, are asked whether they are still cached."""
 
 
-REFUSED = {MatchEnd.INEXACT: Reason.INEXACT, MatchEnd.TOKENS_DIFFER: Reason.COLLISION}
+REFUSED = {MatchEnd.INEXACT: MissReason.INEXACT, MatchEnd.TOKENS_DIFFER: MissReason.COLLISION}
 """Why a search ended at a block that is there."""
 
-_LOST = {LossKind.EVICTED: Reason.EVICTED, LossKind.REMOVED: Reason.REMOVED, LossKind.CLEARED: Reason.CLEARED}
+_LOST = {
+    LossKind.EVICTED: MissReason.EVICTED,
+    LossKind.REMOVED: MissReason.REMOVED,
+    LossKind.CLEARED: MissReason.CLEARED,
+}
 
 
-def admission_outcome(admission: Admission, prompt_tokens: int) -> Outcome:
+def admission_outcome(admission: Admission, prompt_tokens: int) -> CacheOutcome:
     """What an admission found of a prompt."""
     if admission.end is MatchEnd.OFF:
-        return Outcome(set_aside={Reason.CACHE_OFF: prompt_tokens})
+        return CacheOutcome(set_aside={MissReason.CACHE_OFF: prompt_tokens})
     hit = {POOL: admission.pool_tokens, **admission.tier_tokens}
     set_aside = {
-        Reason.ALIGNMENT: admission.alignment_tokens,
-        Reason.RECOMPUTE_CHEAPER: admission.recompute_cheaper_tokens,
-        Reason.LOAD_FAILED: admission.load_failed_tokens,
+        MissReason.ALIGNMENT: admission.alignment_tokens,
+        MissReason.RECOMPUTE_CHEAPER: admission.recompute_cheaper_tokens,
+        MissReason.LOAD_FAILED: admission.load_failed_tokens,
     }
-    return Outcome(_some(hit), _some(set_aside), REFUSED.get(admission.end))
+    return CacheOutcome(_some(hit), _some(set_aside), REFUSED.get(admission.end))
 
 
 def explain(
     ledger: Ledger,
     chain: TokenChain,
-    outcome: Outcome,
+    outcome: CacheOutcome,
     *,
     hit_unit: int,
     prompt_tokens: int | None = None,
@@ -81,12 +85,12 @@ def explain(
         at = misses[-1].stop
     divergence = None
     if hit_unit > 1 and length <= hit_unit and not outcome.hit and not checkpoints:
-        misses.append(Miss(Reason.TOO_SHORT, at, length - at))
+        misses.append(Miss(MissReason.TOO_SHORT, at, length - at))
     else:
         grain = 1 if hit_unit == 1 else chain.block_size
         stop = max(at, (length - 1) // grain * grain)
         rest, divergence = _rest(ledger, chain, at, stop, length, outcome.refused, copied=hit_unit == 1)
-        misses += [*rest, Miss(Reason.LAST if hit_unit == 1 else Reason.PARTIAL, stop, length - stop)]
+        misses += [*rest, Miss(MissReason.LAST if hit_unit == 1 else MissReason.PARTIAL, stop, length - stop)]
     kept = tuple(miss for miss in misses if miss.tokens)
     return Explanation(length, dict(outcome.hit), kept, divergence)
 
@@ -96,7 +100,7 @@ def _some(counts: dict[K, int]) -> dict[K, int]:
 
 
 def _rest(
-    ledger: Ledger, chain: TokenChain, at: int, stop: int, length: int, refused: Reason | None, *, copied: bool
+    ledger: Ledger, chain: TokenChain, at: int, stop: int, length: int, refused: MissReason | None, *, copied: bool
 ) -> tuple[list[Miss], Divergence | None]:
     """What became of the prompt's tokens ``[at, stop)``: of known blocks, of the beginning of one more, of the rest.
 
@@ -121,7 +125,7 @@ def _rest(
             misses[-1] = replace(misses[-1], tokens=misses[-1].tokens + beginning.tokens)
         else:
             misses.append(beginning)
-        reason = Reason.NEW if divergence is None else Reason.DIVERGED
+        reason = MissReason.NEW if divergence is None else MissReason.DIVERGED
         misses.append(Miss(reason, beginning.stop, stop - beginning.stop))
     left = [replace(miss, start=max(at, miss.start), tokens=miss.stop - max(at, miss.start)) for miss in misses]
     return [miss for miss in left if miss.tokens > 0], divergence
@@ -142,9 +146,9 @@ def _losses(ledger: Ledger, chain: TokenChain, first: int, stop: int) -> Iterato
     yield Miss(_how_lost(loss), start * size, (stop - start) * size, loss)
 
 
-def _how_lost(loss: Loss | None) -> Reason:
+def _how_lost(loss: Loss | None) -> MissReason:
     """None: the ledger has not heard how, and most blocks go by eviction."""
-    return _LOST[loss.kind] if loss is not None else Reason.EVICTED
+    return _LOST[loss.kind] if loss is not None else MissReason.EVICTED
 
 
 def _divergence(
@@ -159,11 +163,11 @@ def _divergence(
     rivals = [known for parent in parents if (known := ledger.children(parent))]
     start = index * chain.block_size
     if not rivals:
-        return Miss(Reason.NEW, start, 0), None
+        return Miss(MissReason.NEW, start, 0), None
     tokens = chain.encoded_slice(start, min(start + chain.block_size, stop))
     nearest, common = max((_nearest(ledger, each, tokens) for each in rivals), key=lambda found: found[1])
     lost = nearest.loss is not None or (copied and POOL in ledger.tiers_of(nearest.block_hash))
-    beginning = Miss(_how_lost(nearest.loss) if lost else Reason.ALIGNMENT, start, common, nearest.loss)
+    beginning = Miss(_how_lost(nearest.loss) if lost else MissReason.ALIGNMENT, start, common, nearest.loss)
     position = start + common
     if position == min(start + chain.block_size, stop):
         return beginning, None
@@ -212,11 +216,11 @@ def _tokens_from(ledger: Ledger, entry: Entry, skip: int) -> tuple[int, ...]:
     return decode_tokens(encoded[: SHOWN_TOKENS * TOKEN_BYTES])
 
 
-def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outcome:
+def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> CacheOutcome:
     """The outcome for ``chain`` as a prompt. What a load would bring counts as hit."""
     match = cache.match(chain)
     if match.end is MatchEnd.OFF:
-        return Outcome(set_aside={Reason.CACHE_OFF: len(chain)})
+        return CacheOutcome(set_aside={MissReason.CACHE_OFF: len(chain)})
     size, known = cache.pool.block_size, len(match.blocks)
     below, pending = NOTHING_BELOW, 0
     checkpoint: StoredPartial | None = None
@@ -234,12 +238,12 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
         tier = POOL if checkpoint is None else checkpoint.tier
         hit[tier] = hit.get(tier, 0) + copied
     if below.rounded:
-        set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
+        set_aside[MissReason.ALIGNMENT] = set_aside.get(MissReason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
-        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size - copied
+        set_aside[MissReason.RECOMPUTE_CHEAPER] = below.declined * size - copied
     if pending:
-        set_aside[Reason.LOOK_UP] = pending * size - (0 if below.declined else copied)
-    return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
+        set_aside[MissReason.LOOK_UP] = pending * size - (0 if below.declined else copied)
+    return CacheOutcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
 def _from_below(

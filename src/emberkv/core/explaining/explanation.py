@@ -7,7 +7,7 @@ from enum import Enum
 """The name of the tier whose blocks need no loading."""
 
 
-class Reason(Enum):
+class MissReason(Enum):
     """Why tokens were computed although there is a cache."""
 
     NEW = "new"  # the prompt goes on where nothing known does
@@ -18,7 +18,7 @@ class Reason(Enum):
     OTHER_MODEL = "other-model"  # the same tokens are cached for another model
     OTHER_TENANT = "other-tenant"  # the same tokens are cached for another tenant
     RECOMPUTE_CHEAPER = "recompute"  # a tier has it; computing was expected to be faster than loading
-    LOOK_UP = "look-up"  # a tier may have it; only a look-up over the network tells, and no request is waiting for one
+    LOOK_UP = "look-up"  # a tier may have it; that takes a look-up over the network, for which no request waits
     LOAD_FAILED = "load-failed"  # a tier had it; loading failed, came too late, or brought what cannot be trusted
     INEXACT = "inexact"  # it is cached, not bit-equal to a cold prefill, and only such state may be reused
     COLLISION = "collision"  # its block hash is taken by other tokens: never served
@@ -48,7 +48,7 @@ class Loss:
 class Miss:
     """Tokens ``[start, start + tokens)`` of the prompt were not reused."""
 
-    reason: Reason
+    reason: MissReason
     start: int
     tokens: int
     loss: Loss | None = None
@@ -74,7 +74,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CacheOutcome:
     """What was found of a prompt, in tokens from its beginning: first ``hit``, then ``set_aside``.
 
     hit: reused, by tier. set_aside: found, and for these reasons not reused. refused: why the next block, should it
@@ -82,8 +82,8 @@ class Outcome:
     """
 
     hit: Mapping[str, int] = field(default_factory=dict)
-    set_aside: Mapping[Reason, int] = field(default_factory=dict)
-    refused: Reason | None = None
+    set_aside: Mapping[MissReason, int] = field(default_factory=dict)
+    refused: MissReason | None = None
 
     @property
     def tokens(self) -> int:
@@ -108,7 +108,7 @@ class Explanation:
         """The miss with the most tokens; the first of equals. None when there is no token to compute."""
         return max(self.misses, key=lambda miss: miss.tokens, default=None)
 
-    def with_elsewhere(self, reason: Reason, tokens: int) -> "Explanation":
+    def with_elsewhere(self, reason: MissReason, tokens: int) -> "Explanation":
         """As this one, where the prompt's first ``tokens`` are cached out of its reach, for ``reason``.
 
         That explains what would otherwise be new or have diverged.
@@ -116,7 +116,7 @@ class Explanation:
         misses: list[Miss] = []
         for miss in self.misses:
             covered = min(miss.stop, tokens) - miss.start
-            if miss.reason not in (Reason.NEW, Reason.DIVERGED) or covered <= 0:
+            if miss.reason not in (MissReason.NEW, MissReason.DIVERGED) or covered <= 0:
                 misses.append(miss)
                 continue
             misses.append(Miss(reason, miss.start, covered))
@@ -125,7 +125,7 @@ class Explanation:
         return replace(self, misses=tuple(misses))
 
 
-def outcome_of(runs: Sequence[tuple[str, int]], prompt_tokens: int, *, block_size: int, alignment: int) -> Outcome:
+def outcome_of(runs: Sequence[tuple[str, int]], prompt_tokens: int, *, block_size: int, alignment: int) -> CacheOutcome:
     """The outcome of a look-up that found ``runs`` of (tier, blocks) from a prompt's beginning.
 
     Hits end at a multiple of ``alignment`` tokens and leave at least the prompt's last token to compute, as in
@@ -141,4 +141,4 @@ def outcome_of(runs: Sequence[tuple[str, int]], prompt_tokens: int, *, block_siz
         if tokens:
             hit[tier] = hit.get(tier, 0) + tokens
         left -= tokens
-    return Outcome(hit, {Reason.ALIGNMENT: found - reused} if found > reused else {})
+    return CacheOutcome(hit, {MissReason.ALIGNMENT: found - reused} if found > reused else {})

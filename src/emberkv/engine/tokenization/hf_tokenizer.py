@@ -127,8 +127,8 @@ class HFTokenizer:
 
         max_tokens: a text with more is refused, and nothing of it is remembered. The error has the number of its
         tokens, by which clients shorten a conversation. Of more than `COUNTED` times ``max_tokens`` it has a lower
-        bound: such a text is not encoded to its end, or at all where its length tells. known: see `Tokenizer.encode`; a
-        tokenizer without `cuts` encodes the whole text.
+        bound: such a text is not encoded to its end, or not at all where its length is enough to know. known: see
+        `Tokenizer.encode`; a tokenizer without `cuts` encodes the whole text.
 
         Raises PromptTooLongError for such a text, RequestError for one that is no valid Unicode (a lone surrogate).
         """

@@ -107,7 +107,7 @@ class Tokenizer(Protocol):
         ...
 
     def remembering_for(self, owner: str) -> "Tokenizer":
-        """The same tokenizer, for whom what others have encoded makes nothing faster."""
+        """The same tokenizer, without what it remembers of texts that other owners have encoded."""
         ...
 
 

@@ -25,7 +25,7 @@ _NORM_EPSILON = 1e-6  # of a delta net's keys and queries
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class UpdateRule:
     """What kinds of recurrence differ in.
 
     delta: whether it is a gated delta net's. key_heads: of keys and queries, each for an equal number of heads.
@@ -65,7 +65,7 @@ class Recurrence(nn.Module):
     def __init__(
         self,
         state: StateGeometry,
-        rule: Rule,
+        rule: UpdateRule,
         conv: nn.Conv1d,
         *,
         log_decay: Tensor,
@@ -76,8 +76,8 @@ class Recurrence(nn.Module):
         super().__init__()
         self.state, self.rule = state, rule
         taps = conv.weight.detach().squeeze(1).t()
-        given = {"taps": taps, "bias": conv.bias, "log_decay": log_decay, "step_bias": step_bias, "skip": skip}
-        for name, tensor in (given | {"scale": scale}).items():
+        parameters = {"taps": taps, "bias": conv.bias, "log_decay": log_decay, "step_bias": step_bias, "skip": skip}
+        for name, tensor in (parameters | {"scale": scale}).items():
             self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
         self._silu, self._exp = BatchInvariantActivation(nn.SiLU()), BatchInvariantActivation(_Exp())
         self._softplus, self._sigmoid = BatchInvariantActivation(nn.Softplus()), BatchInvariantActivation(nn.Sigmoid())
@@ -198,7 +198,7 @@ class Mamba2Mixer(nn.Module):
         )
         normed = not isinstance(layer.norm, nn.Identity)
         least, most = layer.time_step_limit
-        rule = Rule(
+        rule = UpdateRule(
             delta=False,
             key_heads=layer.n_groups,
             least_step=float(least),
@@ -243,7 +243,7 @@ class GatedDeltaNet(nn.Module):
         )
         self._key_heads = layer.num_k_heads
         self._state = state
-        rule = Rule(
+        rule = UpdateRule(
             delta=True,
             key_heads=layer.num_k_heads,
             beta_factor=2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0,

@@ -78,7 +78,7 @@ class AnswerState(Protocol):
     def calls(self) -> int: ...
 
     @property
-    def silent(self) -> bool: ...
+    def wants_no_tokens(self) -> bool: ...
 
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
@@ -185,9 +185,10 @@ class Answer:
     """Decodes one request's outputs, ends the answer at a stop string, and keeps its usage.
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
-    string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
-    echo: what comes before the answer's own text. parsing: how the text is parsed; None: it is not. min_tokens: within
-    so many, no stop string is looked for. recorder: remembers an answer that is parsed and that no stop string ends.
+    string, like the stop string itself, are not. wants_no_tokens: ``max_tokens`` is 0, so the
+    answer ends, empty, at the first token. echo: what comes before the answer's own text. parsing: how the text is
+    parsed; None: it is not. min_tokens: within so many, no stop string is looked for. recorder: remembers an answer
+    that is parsed and that no stop string ends.
     """
 
     def __init__(
@@ -197,14 +198,14 @@ class Answer:
         detokenizer: IncrementalDetokenizer,
         stops: tuple[str, ...],
         *,
-        silent: bool = False,
+        wants_no_tokens: bool = False,
         echo: Echo | None = None,
         parsing: OutputParsing | None = None,
         min_tokens: int = 0,
         recorder: AnswerRecorder | None = None,
     ) -> None:
         self.index = index
-        self.silent = silent
+        self.wants_no_tokens = wants_no_tokens
         self._echo = echo
         self.usage = CacheUsage(prompt_tokens, cached_tokens=0)
         self.completion_tokens = 0
@@ -259,7 +260,7 @@ class Answer:
         if self._echo is not None:
             self._give_back(self._echo, output.prompt_logprobs)
             self._echo = None
-        if self.silent and (output.token_ids or output.finish_reason is FinishReason.STOP):
+        if self.wants_no_tokens and (output.token_ids or output.finish_reason is FinishReason.STOP):
             self.finish_reason = FinishReason.LENGTH
             return
         for position, token_id in enumerate(output.token_ids):

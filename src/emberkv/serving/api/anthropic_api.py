@@ -166,7 +166,7 @@ def prepare_messages(
         request.sampling(model.sampling_defaults, budget.tokens, constraint),
         rendered.retain_tokens,
         rendered.retain_seconds,
-        silent=request.max_tokens == 0,
+        wants_no_tokens=request.max_tokens == 0,
         is_clipped=budget.is_clipped,
         parsing=rendered.parsing(model.output_format, partial(new_call_id, "toolu_")),
         system=rendered.system_text,
@@ -280,7 +280,7 @@ class MessageWriter:
         (whole,) = answers
         return {
             **self._message(whole.answer),
-            "content": [] if whole.answer.silent else content_blocks(whole.message, self._signer),
+            "content": [] if whole.answer.wants_no_tokens else content_blocks(whole.message, self._signer),
             "stop_reason": stop_reason(whole.answer),
             "stop_sequence": whole.answer.stop_sequence,
         }
@@ -295,7 +295,7 @@ class MessageWriter:
             async for delta in stream:
                 for event in blocks.of(delta.events):
                     yield event
-            if not answer.silent:
+            if not answer.wants_no_tokens:
                 for event in blocks.rest():
                     yield event
             reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}

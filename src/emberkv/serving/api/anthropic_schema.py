@@ -257,19 +257,19 @@ class PromptRequest(RequestBody):
                 count_left_out(left_out, name)
 
     def _tool_choice(self, tools: list[Message]) -> ToolChoice:
-        given = self.tool_choice or {"type": "auto"}
-        kind = _choice(given, "tool_choice", _MODES)
+        choice = self.tool_choice or {"type": "auto"}
+        kind = _choice(choice, "tool_choice", _MODES)
         if kind in ("any", "tool") and not tools:
             raise RequestError(f"tool_choice.type is {kind!r}, and there are no tools to call", param="tool_choice")
         names: tuple[str, ...] = ()
         if kind == "tool":
-            names = tuple(name for tool in tools if (name := tool["function"]["name"]) == given.get("name"))[:1]
+            names = tuple(name for tool in tools if (name := tool["function"]["name"]) == choice.get("name"))[:1]
             if not names:
                 raise RequestError(
-                    f"tool_choice.name is {given.get('name')!r}; it must be the name of one of the tools",
+                    f"tool_choice.name is {choice.get('name')!r}; it must be the name of one of the tools",
                     param="tool_choice",
                 )
-        return ToolChoice(_MODES[kind], names, given.get("disable_parallel_tool_use") is not True)
+        return ToolChoice(_MODES[kind], names, choice.get("disable_parallel_tool_use") is not True)
 
     def _template_variables(self) -> dict[str, Any]:
         variables: dict[str, Any] = {}

@@ -208,15 +208,15 @@ class CacheRoutes:
         if answers is None:
             return Response(status_code=CLIENT_GONE)
         usage = answers[0].answer.usage
-        figures = {"cached_tokens": usage.cached_tokens, "computed_tokens": usage.computed_tokens}
-        return JSONResponse({"object": "cache.warmed", "prompt_tokens": usage.prompt_tokens, **figures})
+        fields = {"cached_tokens": usage.cached_tokens, "computed_tokens": usage.computed_tokens}
+        return JSONResponse({"object": "cache.warmed", "prompt_tokens": usage.prompt_tokens, **fields})
 
     async def pin(self, http: Request) -> Response:
         """Have a prefix evicted last. For good, it is also warmed again whenever it is lost."""
         await self._guard.operator(http)
         question, path = await self._path(http)
-        figures = await self._cache().pin(path, question.seconds)
-        return JSONResponse({"object": "cache.pinned", "prefix": path.block_hashes[-1].hex(), **figures})
+        fields = await self._cache().pin(path, question.seconds)
+        return JSONResponse({"object": "cache.pinned", "prefix": path.block_hashes[-1].hex(), **fields})
 
     async def unpin(self, http: Request) -> Response:
         await self._guard.operator(http)
@@ -310,6 +310,6 @@ def unknown_response(response_id: str) -> NotFoundError:
 
 
 def check_json(http: Request) -> None:
-    """What a page's form can send from somebody's browser is never JSON, and so cannot act in their name."""
+    """Refuse what is not JSON: a form of another site's page can send other types from the browser of an operator."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the content-type must be application/json")

@@ -371,17 +371,18 @@ def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionReque
         token_ids = _completion_tokens(given, model)
         budget = answer_budget(model, len(token_ids), request.max_tokens)
         most = budget.tokens if request.max_tokens is not None else min(budget.tokens, DEFAULT_COMPLETION_TOKENS)
-        silent = request.max_tokens == 0
+        wants_no_tokens = request.max_tokens == 0
         choices = request.sampling(
             model.sampling_defaults,
-            max_tokens=1 if silent else most,
+            max_tokens=1 if wants_no_tokens else most,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
             constraint=constraint,
         )
         echo = echo_of(given, token_ids, model.tokenizer) if request.echo else None
         prompts += [
-            Prompt(token_ids, params, silent=silent, echo=echo, is_clipped=budget.is_clipped) for params in choices
+            Prompt(token_ids, params, wants_no_tokens=wants_no_tokens, echo=echo, is_clipped=budget.is_clipped)
+            for params in choices
         ]
     _check_echoed_logprobs(request, prompts)
     return request, prompts

@@ -120,14 +120,14 @@ class MessageReader:
 
 
 def _call(call: object, place: str) -> Message:
-    given = call if isinstance(call, dict) else {}
-    function = given.get("custom") if given.get("type") == "custom" else given.get("function")
+    fields = call if isinstance(call, dict) else {}
+    function = fields.get("custom") if fields.get("type") == "custom" else fields.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RequestError(f"{place} must be an object with function.name and function.arguments", param=place)
     # a custom tool takes a text
-    arguments = {"input": function.get("input")} if given.get("type") == "custom" else _arguments(function, place)
+    arguments = {"input": function.get("input")} if fields.get("type") == "custom" else _arguments(function, place)
     return {
-        "id": given.get("id"),
+        "id": fields.get("id"),
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
@@ -135,17 +135,17 @@ def _call(call: object, place: str) -> Message:
 
 def _arguments(function: Mapping[str, Any], place: str) -> dict[str, Any] | str:
     """The arguments as an object, or the text if it is no JSON object: agents send a model's invalid calls back."""
-    given = function.get("arguments")
-    if given is None or isinstance(given, dict):
-        return given or {}
-    if not isinstance(given, str):
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, dict):
+        return arguments or {}
+    if not isinstance(arguments, str):
         at = f"{place}.function.arguments"
         raise RequestError(f"{at} must be a string of JSON", param=at)
     try:
-        parsed = from_json(given or "{}")
+        parsed = from_json(arguments or "{}")
     except ValueError:
-        return given
-    return parsed if isinstance(parsed, dict) else given
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _thinking(part: Mapping[str, Any], place: str) -> str:

@@ -209,7 +209,7 @@ def _seconds(marked: object, place: str) -> float:
     return LIFETIMES[lifetime]
 
 
-Given = TypeVar("Given", bound=PromptRequest)
+AnyPromptRequest = TypeVar("AnyPromptRequest", bound=PromptRequest)
 
 Applied = Mapping[str, int]
 """How many lines, or tools, each rule changed. Names and numbers only: it may be logged."""
@@ -235,7 +235,7 @@ def canonical_chat(
     return request.model_copy(update={"messages": messages, "tools": tools}), counts
 
 
-def canonical_messages(request: Given, rules: CanonicalRules | None) -> tuple[Given, Applied]:
+def canonical_messages(request: AnyPromptRequest, rules: CanonicalRules | None) -> tuple[AnyPromptRequest, Applied]:
     """An Anthropic request."""
     if rules is None:
         return request, {}
@@ -439,7 +439,7 @@ def _with_borders(rendered: RenderedPrompt, spliced: SplicedPrompt, model: Serve
         )
         try:
             text = _spliced(cut, model).text
-        except RequestError:  # the template refuses such a conversation, so that nobody can send it
+        except RequestError:  # the template refuses such a conversation, so no client can send it
             continue
         found.add(covered_tokens(model.tokenizer, spliced.text, token_ids, text, spliced.known))
     return replace(rendered, borders=tuple(sorted(found)))

@@ -11,7 +11,7 @@ from typing import Any
 from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.core.events import POOL, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import Explanation, Outcome
+from emberkv.core.explaining.explanation import CacheOutcome, Explanation
 from emberkv.core.explaining.ledger import Ledger, LedgerView
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.loop import CacheUpdate
@@ -61,7 +61,7 @@ class LedgerStore:
         request_id: str,
         chain: TokenChain,
         prompt_tokens: int,
-        outcome: Outcome,
+        outcome: CacheOutcome,
         *,
         hit_unit: int,
         checkpoints: bool = False,
@@ -153,8 +153,8 @@ def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> li
 
 class ReuseWatch:
     """An observer for `EngineLoop.on_update`: looks prompts up as they are admitted, and stores answers as their blocks
-    fill. Updates wait for `settle`, or for a reader, so that no answer waits for the look-up of its prompt. The curve
-    may be read from any thread.
+    fill. Updates wait for `apply_pending`, or for a reader, so that no answer waits for the look-up of its prompt. The
+    curve may be read from any thread.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
@@ -177,9 +177,9 @@ class ReuseWatch:
             if isinstance(event, BlockStored) and event.tier == POOL:
                 self._waiting.append((self._estimator.keep, event.block_hashes))
         if len(self._waiting) > MOST_WAITING:
-            self.settle()
+            self.apply_pending()
 
-    def settle(self) -> None:
+    def apply_pending(self) -> None:
         """Take in what waits. From any thread, when no other thread waits for this one."""
         with self._lock:
             self._catch_up()
@@ -190,7 +190,7 @@ class ReuseWatch:
             self._catch_up()
             return self._estimator.curve()
 
-    def figures(self) -> list[dict[str, Any]]:
+    def as_json(self) -> list[dict[str, Any]]:
         """The curve as JSON takes it."""
         return [
             {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from emberkv.core.events import POOL
 from emberkv.core.explaining.explain import admission_outcome, explain
-from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
+from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, MissReason
 from emberkv.core.explaining.ledger import (
     CachedPrefix,
     LedgerView,
@@ -43,7 +43,7 @@ from emberkv.serving.cache.other_models import KnownModel, OtherModels
 from emberkv.serving.errors import NotFoundError
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.warmup.warmup import Warmup
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 from emberkv.tiers.stats import BOUNDS, Latencies, TierStats
 
 if TYPE_CHECKING:  # needs torch
@@ -126,7 +126,9 @@ ANSWER_SECONDS = 10.0
 """How long an answer about a removal waits for a disk."""
 
 LEARNED = "learned_prompts"
-NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stored is removed when the disk answers")
+NO_ANSWER = RemovalResult(
+    reason=f"no answer within {ANSWER_SECONDS:g} s; what is stored is removed when the disk answers"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +162,8 @@ class Removal:
     """
 
     pool: int
-    tiers: Mapping[str, Removed]
-    learned: Removed
+    tiers: Mapping[str, RemovalResult]
+    learned: RemovalResult
 
     def as_json(self) -> dict[str, Any]:
         """blocks: by tier. learned_prompts: a count. kept: by tier, how many are still stored though they are served
@@ -216,7 +218,7 @@ class CacheService:
         return {
             "counters": plain(pool.counters),
             "tiers": {POOL: held, **{name: plain(stats) for name, stats in tiers.items()}},
-            "other_sizes": [] if self.reuse is None else self.reuse.figures(),
+            "other_sizes": [] if self.reuse is None else self.reuse.as_json(),
         }
 
     async def explain(self, tokens: Sequence[int], tenant: Tenant, others: Sequence[Tenant] = ()) -> Explained:
@@ -235,14 +237,14 @@ class CacheService:
         elsewhere: list[Mapping[str, Any]] = []
         for model, count in (await asyncio.to_thread(self.other_models, tokens, tenant)).items():
             elsewhere.append({"model": model, "tokens": count})
-            explanation = explanation.with_elsewhere(Reason.OTHER_MODEL, count)
+            explanation = explanation.with_elsewhere(MissReason.OTHER_MODEL, count)
         for other in await self._holders(chain, tokens, [each for each in others if each != tenant]):
             theirs = await asyncio.to_thread(self.chain, tokens, other)
             count = (await self._ask(LookUp(theirs))).outcome.tokens
             if count <= theirs.public_blocks * theirs.block_size:
                 continue
             elsewhere.append({"tenant": other.name, "tokens": count})
-            explanation = explanation.with_elsewhere(Reason.OTHER_TENANT, count)
+            explanation = explanation.with_elsewhere(MissReason.OTHER_TENANT, count)
         return Explained(explanation, elsewhere=elsewhere)
 
     async def _holders(self, chain: TokenChain, tokens: Sequence[int], others: Sequence[Tenant]) -> list[Tenant]:
@@ -276,9 +278,9 @@ class CacheService:
         listed = []
         for each, tokens in chosen:
             tiers = list(dict.fromkeys([*each.tiers, *self.ledger_store.below(each.block_hash)]))
-            figures = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "tiers")}
+            counts = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "tiers")}
             names = {"block_hash": each.block_hash.hex(), "tiers": tiers}
-            listed.append({**figures, **names, "begins": text_of(tokenizer, tokens)})
+            listed.append({**counts, **names, "begins": text_of(tokenizer, tokens)})
         return listed
 
     async def path(self, block_hash: BlockHash) -> PrefixPath:
@@ -351,8 +353,8 @@ class CacheService:
         return asyncio.wrap_future(self._execute(command))
 
 
-async def _nothing() -> Removed:
-    return Removed()
+async def _nothing() -> RemovalResult:
+    return RemovalResult()
 
 
 def plain(stats: object) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from emberkv.core.explaining.explanation import Explanation, Reason
+from emberkv.core.explaining.explanation import Explanation, MissReason
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.serving.cache.service import text_of
 
@@ -74,7 +74,7 @@ def first_difference(explanation: Mapping[str, Any]) -> int | None:
     """
     divergence = explanation["divergence"]
     misses = explanation["misses"]
-    diverged = sum(miss["tokens"] for miss in misses if miss["reason"] == Reason.DIVERGED.value)
+    diverged = sum(miss["tokens"] for miss in misses if miss["reason"] == MissReason.DIVERGED.value)
     return None if divergence is None or diverged < MIN_MISS else int(divergence["token"])
 
 
@@ -109,7 +109,7 @@ class VolatileLines:
     ) -> None:
         """Analyze a prompt that was answered. system: its system prompt. now: seconds since 1970."""
         divergence = explanation.divergence
-        diverged = sum(miss.tokens for miss in explanation.misses if miss.reason is Reason.DIVERGED)
+        diverged = sum(miss.tokens for miss in explanation.misses if miss.reason is MissReason.DIVERGED)
         if divergence is not None and diverged >= MIN_MISS and system:
             self.observe_at(tenant, prompt, system, divergence.position, tokenizer, now)
 

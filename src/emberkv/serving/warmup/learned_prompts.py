@@ -21,7 +21,7 @@ from emberkv.core.hashing import BlockHash, Chain, decode_tokens
 from emberkv.errors import EmberError, PrefixFileError, UntrustedPathError
 from emberkv.files import open_own_file, remove_leftovers, replace_file
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.tiers.base import Removed
+from emberkv.tiers.base import RemovalResult
 
 MAX_FILE_BYTES = 64 * 2**20
 FILE_NAMES = r"prefixes\.[0-9a-f]{16}\.json"
@@ -182,7 +182,7 @@ class LearnedPrompts:
             self._popularity.restore(prefixes, chains, saved_at)
         return found
 
-    def forget(self, block_hashes: Collection[BlockHash] | None) -> Removed:
+    def forget(self, block_hashes: Collection[BlockHash] | None) -> RemovalResult:
         """Drop the prefixes with these blocks, all for None, here and in the file."""
         self.restore()
         with self._restoring:
@@ -195,7 +195,7 @@ class LearnedPrompts:
             count = self._popularity.forget(block_hashes)
             self._changed = self._changed or count > 0 or block_hashes is None
         failure = self.save()
-        return Removed(0, count, failure) if failure else Removed(count)
+        return RemovalResult(0, count, failure) if failure else RemovalResult(count)
 
     def save_when_due(self) -> float:
         """Save if it is time to; the seconds until it will be again."""

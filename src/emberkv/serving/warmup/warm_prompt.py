@@ -67,7 +67,7 @@ class WarmEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
 
-class Outcome(Enum):
+class WarmupOutcome(Enum):
     WARM = "warm"
     TIMED_OUT = "timed_out"  # what was computed until then is cached
     FAILED = "failed"  # may go better another time
@@ -78,7 +78,7 @@ class Outcome(Enum):
 class Warming:
     """What warming a prompt came to. cached, computed: tokens. problem: why it is not warm."""
 
-    outcome: Outcome
+    outcome: WarmupOutcome
     cached: int = 0
     computed: int = 0
     problem: str = ""
@@ -99,16 +99,16 @@ def warm(
     these computed stays cached.
     """
     if remaining() <= 0:
-        return Warming(Outcome.TIMED_OUT, problem="the time was up before it began")
+        return Warming(WarmupOutcome.TIMED_OUT, problem="the time was up before it began")
     try:
         warming = _warm(engine, prompt, chain, request_id, remaining)
-        if keep and warming.outcome is Outcome.WARM:
+        if keep and warming.outcome is WarmupOutcome.WARM:
             engine.keep(chain)
         return warming
     except EngineStoppedError as error:
-        return Warming(Outcome.FAILED, problem=str(error))
+        return Warming(WarmupOutcome.FAILED, problem=str(error))
     except EmberError as error:
-        return Warming(Outcome.IMPOSSIBLE, problem=str(error))
+        return Warming(WarmupOutcome.IMPOSSIBLE, problem=str(error))
 
 
 def _warm(
@@ -116,7 +116,7 @@ def _warm(
 ) -> Warming:
     before = engine.cached_tokens(chain)
     if before >= len(prompt.tokens):
-        return Warming(Outcome.WARM, before)
+        return Warming(WarmupOutcome.WARM, before)
     output = _last_output(engine, prompt, request_id, remaining)
     return _judge(output, len(prompt.tokens), before, engine.cached_tokens(chain))
 
@@ -143,21 +143,21 @@ def _last_output(
 def _judge(output: TokenOutput | None, wanted: int, before: int, after: int) -> Warming:
     computed = max(0, after - before)
     if output is None:
-        return Warming(Outcome.TIMED_OUT, after, computed, "the time was up")
+        return Warming(WarmupOutcome.TIMED_OUT, after, computed, "the time was up")
     if output.usage is not None and output.finish_reason is FinishReason.LENGTH:
         computed = output.usage.computed_tokens
     if after >= wanted:
-        return Warming(Outcome.WARM, after, computed)
+        return Warming(WarmupOutcome.WARM, after, computed)
     if output.finish_reason is FinishReason.LENGTH:
-        return Warming(Outcome.FAILED, after, computed, f"the pool has kept {after} of {wanted} tokens")
-    return Warming(Outcome.FAILED, after, computed, output.error or "the engine gave it up")
+        return Warming(WarmupOutcome.FAILED, after, computed, f"the pool has kept {after} of {wanted} tokens")
+    return Warming(WarmupOutcome.FAILED, after, computed, output.error or "the engine gave it up")
 
 
-_UNTRIED = Warming(Outcome.FAILED)
+_UNTRIED = Warming(WarmupOutcome.FAILED)
 
 
 @dataclass(slots=True, eq=False)
-class Pin:
+class PinnedPrompt:
     """One prompt. stale: not known to be cached. due_at: not to be warmed before, by the warmup's clock. last: the hash
     of its last full block, once it was tried. has_partial: it ends in a partial block, whose loss no event reports.
     """
@@ -172,7 +172,7 @@ class Pin:
 
     @property
     def is_warm(self) -> bool:
-        return self.warming.outcome is Outcome.WARM and not self.stale
+        return self.warming.outcome is WarmupOutcome.WARM and not self.stale
 
 
 class Pins:
@@ -185,9 +185,9 @@ class Pins:
         self._unit = unit
         self._block_size = block_size
         self._lock = threading.Lock()
-        self._pins: dict[WarmPrompt, Pin] = {}
+        self._pins: dict[WarmPrompt, PinnedPrompt] = {}
 
-    def __iter__(self) -> Iterator[Pin]:
+    def __iter__(self) -> Iterator[PinnedPrompt]:
         with self._lock:
             return iter(list(self._pins.values()))
 
@@ -196,10 +196,10 @@ class Pins:
         prompt = self.rounded(WarmPrompt(tuple(tokens), tenant))
         if prompt.tokens:
             with self._lock:
-                self._pins.setdefault(prompt, Pin(prompt))
+                self._pins.setdefault(prompt, PinnedPrompt(prompt))
         return len(prompt.tokens)
 
-    def remove(self, tokens: Iterable[int], tenant: str) -> Pin | None:
+    def remove(self, tokens: Iterable[int], tenant: str) -> PinnedPrompt | None:
         """The pin of this prompt, or of one that has a few tokens more, which fill no block; it is a pin no longer."""
         wanted = self.rounded(WarmPrompt(tuple(tokens), tenant))
         count = len(wanted.tokens)
@@ -222,13 +222,17 @@ class Pins:
                 pin.stale = True
         return bool(hit)
 
-    def pending(self) -> list[Pin]:
+    def pending(self) -> list[PinnedPrompt]:
         """What is to be looked at from its ``due_at`` on: stale pins, but not those of prompts that can never be warm,
         and pins with a partial block.
         """
-        return [pin for pin in self if (pin.stale or pin.has_partial) and pin.warming.outcome is not Outcome.IMPOSSIBLE]
+        return [
+            pin
+            for pin in self
+            if (pin.stale or pin.has_partial) and pin.warming.outcome is not WarmupOutcome.IMPOSSIBLE
+        ]
 
-    def begin(self, pin: Pin, chain: Chain) -> None:
+    def begin(self, pin: PinnedPrompt, chain: Chain) -> None:
         """From now on, what is lost counts again. chain: the prompt's."""
         with self._lock:
             pin.stale = False
@@ -236,10 +240,10 @@ class Pins:
             pin.last = chain.block_hashes[-1] if chain.block_hashes else None
             pin.has_partial = len(chain) % chain.block_size > 0
 
-    def end(self, pin: Pin, warming: Warming, *, due_at: float) -> None:
+    def end(self, pin: PinnedPrompt, warming: Warming, *, due_at: float) -> None:
         with self._lock:
             pin.warming = warming
-            pin.stale = pin.stale or warming.outcome is not Outcome.WARM
+            pin.stale = pin.stale or warming.outcome is not WarmupOutcome.WARM
             pin.due_at = due_at
 
     def rounded(self, prompt: WarmPrompt) -> WarmPrompt:

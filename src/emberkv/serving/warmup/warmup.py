@@ -20,8 +20,17 @@ from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.background import Background
 from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
-from emberkv.serving.warmup.warm_prompt import Outcome, Pin, Pins, WarmEngine, Warming, WarmPrompt, kept_hashes, warm
-from emberkv.tiers.base import Removed
+from emberkv.serving.warmup.warm_prompt import (
+    PinnedPrompt,
+    Pins,
+    WarmEngine,
+    Warming,
+    WarmPrompt,
+    WarmupOutcome,
+    kept_hashes,
+    warm,
+)
+from emberkv.tiers.base import RemovalResult
 
 if TYPE_CHECKING:
     from emberkv.engine.loop import EngineLoop
@@ -82,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class WarmupSettings:
+class WarmupOptions:
     """enabled: False warms only what is pinned later on. timeout: seconds that one pass over prompts may take.
 
     required: readiness waits until each prompt that was there at the start is warm, not only for the first pass.
@@ -110,7 +119,7 @@ class Warmup:
     def __init__(
         self,
         engine: WarmEngine,
-        settings: WarmupSettings,
+        settings: WarmupOptions,
         prompts: Sequence[WarmPrompt] = (),
         *,
         problems: Sequence[str] = (),
@@ -151,7 +160,7 @@ class Warmup:
             saving.start()
             saving.join(_CLOSE_SECONDS)  # a disk that does not answer must not keep the server from ending
 
-    def forget(self, block_hashes: Collection[BlockHash] | None) -> Removed:
+    def forget(self, block_hashes: Collection[BlockHash] | None) -> RemovalResult:
         """The operator removes these blocks, all for None: learned prompts with them go, in memory and on disk, and so
         do the pins of prompts that end in one of them. What is being warmed ends, and no learned prompt is restored any
         more by this process. Returns how many prefixes were learned.
@@ -161,7 +170,7 @@ class Warmup:
         for pin in self._pins if block_hashes is not None else ():
             if pin not in self._awaited and pin.last is not None and pin.last in (block_hashes or ()):
                 self._pins.remove(pin.prompt.tokens, pin.prompt.tenant)
-        return self._learned.forget(block_hashes) if self._learned is not None else Removed()
+        return self._learned.forget(block_hashes) if self._learned is not None else RemovalResult()
 
     def pin(self, tokens: Iterable[int], tenant: str = "") -> int:
         """Keep ``tokens`` warm for ``tenant`` from now on; how many of them, hits being rounded down."""
@@ -242,17 +251,17 @@ class Warmup:
         deadline = self._clock() + self._settings.timeout
         outcomes = self._warm_pins(self._pins, deadline)
         outcomes |= self._restore(deadline)
-        if Outcome.TIMED_OUT in outcomes:
+        if WarmupOutcome.TIMED_OUT in outcomes:
             phase = WarmupPhase.TIMED_OUT
         else:
-            phase = WarmupPhase.FAILED if self._problems or outcomes - {Outcome.WARM} else WarmupPhase.DONE
+            phase = WarmupPhase.FAILED if self._problems or outcomes - {WarmupOutcome.WARM} else WarmupPhase.DONE
         self._totals = replace(self._totals, phase=phase)
         report = self.report()
         _log.log(logging.INFO if phase is WarmupPhase.DONE else logging.WARNING, "warmup %s", report)
         for problem in report.problems:
             _log.warning("warmup, %s", problem)
 
-    def _warm_pins(self, pins: Iterable[Pin], deadline: float) -> set[Outcome]:
+    def _warm_pins(self, pins: Iterable[PinnedPrompt], deadline: float) -> set[WarmupOutcome]:
         outcomes = set()
         for pin in pins:
             warming = self._warm(pin.prompt, deadline, pin)
@@ -260,7 +269,7 @@ class Warmup:
             outcomes.add(warming.outcome)
         return outcomes
 
-    def _restore(self, deadline: float) -> set[Outcome]:
+    def _restore(self, deadline: float) -> set[WarmupOutcome]:
         """Warm the prompts that an earlier run has learned, the best first, while there are time and empty blocks."""
         learned = self._learned.restore() if self._learned is not None else []
         prompts = [prompt for prompt in dict.fromkeys(map(self._pins.rounded, learned)) if prompt.tokens]
@@ -271,17 +280,17 @@ class Warmup:
             if len(prompt.tokens) > self._engine.room():
                 continue
             outcome = self._warm(prompt, deadline).outcome
-            if outcome in (Outcome.TIMED_OUT, Outcome.FAILED):
+            if outcome in (WarmupOutcome.TIMED_OUT, WarmupOutcome.FAILED):
                 return {outcome}
-            self._totals = replace(self._totals, restored=self._totals.restored + (outcome is Outcome.WARM))
+            self._totals = replace(self._totals, restored=self._totals.restored + (outcome is WarmupOutcome.WARM))
         return set()
 
-    def _warm(self, prompt: WarmPrompt, deadline: float, pin: Pin | None = None) -> Warming:
+    def _warm(self, prompt: WarmPrompt, deadline: float, pin: PinnedPrompt | None = None) -> Warming:
         began = self._clock()
         try:
             chain = self._engine.chain(prompt)
         except EmberError as error:
-            return Warming(Outcome.IMPOSSIBLE, problem=str(error))
+            return Warming(WarmupOutcome.IMPOSSIBLE, problem=str(error))
         if pin is not None:
             self._pins.begin(pin, chain)
         self._request_id = f"{_ID_PREFIX}{uuid.uuid4().hex}"
@@ -297,7 +306,7 @@ class Warmup:
             self._totals,
             computed_tokens=self._totals.computed_tokens + warming.computed,
             seconds=self._totals.seconds + self._clock() - began,
-            timeouts=self._totals.timeouts + (warming.outcome is Outcome.TIMED_OUT),
+            timeouts=self._totals.timeouts + (warming.outcome is WarmupOutcome.TIMED_OUT),
         )
         return warming
 
@@ -388,7 +397,7 @@ def make_warmup(
     Without a prefix cache nothing is warmed.
     """
     warmer = EngineWarmer(engine.loop, tenants, block_size=engine.block_size)
-    settings = WarmupSettings(
+    settings = WarmupOptions(
         config.warmup and config.prefix_cache,
         config.warmup_timeout,
         config.warmup_required,

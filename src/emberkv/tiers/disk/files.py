@@ -47,8 +47,8 @@ _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class BlockFile(NamedTuple):
-    """A stored block as its name tells it. size: bytes. mtime_ns: when it was last of use. partial: where it lies, if
-    it is a partial block.
+    """A stored block, as its file name describes it. size: bytes. mtime_ns: when it was last of use. partial: where it
+    lies, if it is a partial block.
     """
 
     namespace: bytes

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import CacheFolderError, ConfigError, UntrustedPathError
-from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import PolicyFactory, RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.disk.files import MAX_OWNER_BYTES, BlockFile, BlockFiles, owner_folder
 from emberkv.tiers.disk.index import Change, DiskIndex, JournalReader, JournalWriter
 from emberkv.tiers.partial import PartialPlace
-from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.stats import ErrorCounts, TierStats
 from emberkv.tiers.store_id import folder_id
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class DiskTier(Tier):
         self._lock = threading.Lock()  # the index, the counters and the lists below
         self._evictions = 0
         self._skipped: Counter[str] = Counter()
-        self._troubles = Troubles(logger, f"{name} tier")
+        self._errors = ErrorCounts(logger, f"{name} tier")
         self._unpublished: list[Change] = []
         self._unremoved: set[bytes] = set()  # keys of removals that could not be carried out
         self._following = threading.Lock()  # the journals and the writer's lock
@@ -155,14 +155,14 @@ class DiskTier(Tier):
         for file, stamp in self._used(block_hashes):
             self._stamp(file, stamp)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         gone: list[BlockFile] = []
         count = sum(self._store_one(entry, gone) for entry in reversed(entries))
         self._publish()
         ours = [file.block_hash for file in gone if file.namespace == self._namespace and file.partial is None]
-        return Stored(count, [block_hash for block_hash in ours if not self.lookup([block_hash])])
+        return StoreResult(count, [block_hash for block_hash in ours if not self.lookup([block_hash])])
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         """Where the files cannot be removed, because another process writes here, say, they are not found any more by
         this process, and are removed should it become the one that writes.
         """
@@ -172,7 +172,7 @@ class DiskTier(Tier):
         wanted = dict.fromkeys([*block_hashes, *with_them])
         return self._remove([self._namespace + block_hash for block_hash in wanted])
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         """As `remove`, of all blocks of this model."""
         self._catch_up()
         with self._lock:
@@ -209,7 +209,7 @@ class DiskTier(Tier):
                 bytes_by_owner={owner: size for owner, size in self._index.bytes_by_owner.items() if size},
                 evictions=self._evictions,
                 skipped=dict(self._skipped),
-                troubles=dict(self._troubles.counts),
+                errors=dict(self._errors.counts),
             )
 
     def close(self) -> None:
@@ -347,7 +347,7 @@ class DiskTier(Tier):
         with self._lock:
             self._failed("journal not written", error if isinstance(error, OSError) else OSError(str(error)))
 
-    def _remove(self, keys: Sequence[bytes]) -> Removed:
+    def _remove(self, keys: Sequence[bytes]) -> RemovalResult:
         with self._lock:
             found = [file for key in keys if (file := self._index.get(key))]
         count, kept, reason = 0, 0, ""
@@ -363,7 +363,7 @@ class DiskTier(Tier):
             kept, reason = kept + bool(refusal), refusal or reason
             count += not refusal and file.partial is None
         self._publish()
-        return Removed(count, kept, reason)
+        return RemovalResult(count, kept, reason)
 
     def _used(self, block_hashes: Sequence[bytes]) -> list[tuple[BlockFile, int]]:
         with self._lock:
@@ -470,4 +470,4 @@ class DiskTier(Tier):
 
     def _failed(self, kind: str, error: OSError) -> None:
         """Count it; the caller holds the lock. Only the system's words are logged, as a path names owners."""
-        self._troubles.count(kind, error.strerror or type(error).__name__)
+        self._errors.count(kind, error.strerror or type(error).__name__)

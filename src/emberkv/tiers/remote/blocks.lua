@@ -5,7 +5,7 @@
 --   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
 --   lru:OWNER       sorted set: MEMBER by the number of its last use
 --   bytes           hash: owner -> bytes
---   state           hash: clock, total, floor, swept, passed:OWNER, cleared:NAMESPACE, key: drawn once, tells this server
+--   state           hash: clock, total, floor, swept, passed:OWNER, cleared:NAMESPACE, key: drawn once; it distinguishes this server
 --                   from others
 --   removed         sorted set: MEMBER by the number of its removal
 --   lost:NAMESPACE  sorted set: hashes of blocks that are gone though no process of the namespace asked for it, by the
@@ -14,7 +14,7 @@
 --
 -- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
 -- FLUSHALL. A store says which removals its process knew of when the block was made; if the block was removed later, or
--- that cannot be told any more, it is refused.
+-- that is not known any more, it is refused.
 
 local REMEMBERED = 10000
 local SCANNED = 500

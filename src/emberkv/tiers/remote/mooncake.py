@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from emberkv.core.loading import LookupStatus
 from emberkv.errors import RemoteTierError
-from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.codec import MOST_BESIDE
 from emberkv.tiers.remote.mooncake_client import SETUP_SECONDS, MooncakeClient
 from emberkv.tiers.remote.server import ANSWER_SECONDS, ServerAddress
 from emberkv.tiers.remote.tier import FIRST_LOOKED_UP, LOOKUP_SECONDS, MORE_LOOKED_UP, NOT_REACHED, REFRESH_SECONDS
-from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.stats import ErrorCounts, TierStats
 from emberkv.tiers.store_id import master_id
 
 T = TypeVar("T")
@@ -81,13 +81,13 @@ class MooncakeTier(Tier):
         self._given_bytes = given_bytes
         self._space = f"{prefix}:{sha256(namespace).hexdigest()[:32]}"
         self._clock = clock
-        self._troubles = Troubles(logger, f"{name} tier")
+        self._errors = ErrorCounts(logger, f"{name} tier")
         of_a_thread = max(buffer_bytes // _THREADS, block_bytes + MOST_BESIDE)
         self._at_once = min(_AT_ONCE, of_a_thread // (block_bytes + MOST_BESIDE))
         self._client = MooncakeClient(
             address,
             given_bytes,
-            self._troubles,
+            self._errors,
             buffer_bytes=_THREADS * of_a_thread,
             answer_seconds=answer_seconds,
             clock=clock,
@@ -147,7 +147,7 @@ class MooncakeTier(Tier):
         """To be asked for makes a block recent."""
         self._kinds(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         count = 0
         for batch in reversed(_batches(entries, self._at_once)):
             if not self._client.breaker.is_closed:
@@ -157,7 +157,7 @@ class MooncakeTier(Tier):
                 count += self._store(batch)
             except RemoteTierError:
                 self._skip("server not available", len(batch))
-        return Stored(count)
+        return StoreResult(count)
 
     def _store(self, entries: Sequence[TierEntry]) -> int:
         """How many of these the store has now."""
@@ -177,22 +177,22 @@ class MooncakeTier(Tier):
         self._skip("removed meanwhile", len(removed))
         return sum(kind in (_EXACT, _OTHER) for kind in now)
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         """Where the store does not answer, this process does not find them any more, and removes them when it does;
         with ``remember`` False, it leaves them.
         """
         wanted = list(dict.fromkeys(block_hashes))
         if not wanted:
-            return Removed()
+            return RemovalResult()
         if remember:
             with self._lock:
                 self._unremoved.update(wanted)
         try:
             if self._client.breaker.is_closed:
-                return Removed(self._remove(wanted, marked=remember))
+                return RemovalResult(self._remove(wanted, marked=remember))
         except RemoteTierError:
             logger.info("%s tier: %d blocks are removed when the store answers", self.name, len(wanted))
-        return Removed(0, len(wanted), NOT_REACHED) if remember else Removed()
+        return RemovalResult(0, len(wanted), NOT_REACHED) if remember else RemovalResult()
 
     def _remove(self, block_hashes: Sequence[bytes], *, marked: bool) -> int:
         count = 0
@@ -207,16 +207,16 @@ class MooncakeTier(Tier):
             count += sum(map(any, zip(gone[::2], gone[1::2], strict=True)))
         return count
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         """As `remove`, of all blocks of this model, those that other processes have stored included."""
         with self._lock:
             self._uncleared = True
         try:
             if self._client.breaker.is_closed:
-                return Removed(self._clear())
+                return RemovalResult(self._clear())
         except RemoteTierError:
             logger.info("%s tier: it is cleared when the store answers", self.name)
-        return Removed(0, 0, NOT_REACHED)
+        return RemovalResult(0, 0, NOT_REACHED)
 
     def _clear(self) -> int:
         marker = f"{self._space}:{_ALL}:{_GONE}"
@@ -255,7 +255,7 @@ class MooncakeTier(Tier):
             return TierStats(
                 max_bytes=self._given_bytes,
                 skipped=dict(self._skipped),
-                troubles=dict(self._troubles.counts),
+                errors=dict(self._errors.counts),
                 circuit=self._client.breaker.circuit,
             )
 

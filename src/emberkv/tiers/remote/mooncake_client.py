@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.breaker import CircuitBreaker
 from emberkv.tiers.remote.server import FIRST_PAUSE, LONGEST_PAUSE, ServerAddress
-from emberkv.tiers.stats import Troubles
+from emberkv.tiers.stats import ErrorCounts
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class MooncakeClient:
         self,
         address: ServerAddress,
         given_bytes: int,
-        troubles: Troubles,
+        errors: ErrorCounts,
         *,
         buffer_bytes: int,
         answer_seconds: float,
@@ -63,7 +63,7 @@ class MooncakeClient:
         self._place = urlsplit(address.url).netloc
         self._given_bytes = given_bytes
         self._buffer_bytes = buffer_bytes
-        self._troubles = troubles
+        self._errors = errors
         self._answer_seconds = answer_seconds
         self._store: Any = None
         self._connecting: Future[Any] | None = None
@@ -162,7 +162,7 @@ class MooncakeClient:
 
     def _failed(self, kind: str, error: Exception) -> RemoteTierError:
         self.breaker.failed()
-        self._troubles.count(kind, type(error).__name__)
+        self._errors.count(kind, type(error).__name__)
         return RemoteTierError(f"the Mooncake store of the remote tier: {kind}", kind=kind)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.breaker import CircuitBreaker
-from emberkv.tiers.stats import Troubles
+from emberkv.tiers.stats import ErrorCounts
 
 if TYPE_CHECKING:
     import redis
@@ -59,7 +59,7 @@ class Contents:
 class BlockServer:
     """Calls of the script ``blocks.lua`` for one namespace. Thread-safe.
 
-    space: 16 bytes, the namespace's digest. clock: seconds, for the breaker. Failures are counted in ``troubles`` and
+    space: 16 bytes, the namespace's digest. clock: seconds, for the breaker. Failures are counted in ``errors`` and
     open the breaker. Raises ConfigError where the package ``redis`` is not installed, or the address is none.
     """
 
@@ -67,7 +67,7 @@ class BlockServer:
         self,
         address: ServerAddress,
         space: bytes,
-        troubles: Troubles,
+        errors: ErrorCounts,
         *,
         prefix: bytes = PREFIX,
         clock: Callable[[], float] = time.monotonic,
@@ -81,7 +81,7 @@ class BlockServer:
         self._redis = redis
         self._client: Any = _client(address)
         self._space = space
-        self._troubles = troubles
+        self._errors = errors
         self._prefix = prefix
         self._script = resources.files(__package__).joinpath("blocks.lua").read_bytes()
         self._digest = sha1(self._script, usedforsecurity=False).hexdigest()
@@ -181,7 +181,7 @@ class BlockServer:
 
     def _counted(self, kind: str, error: Exception) -> RemoteTierError:
         """Only the error's type is logged: a server's message may repeat what it was sent."""
-        self._troubles.count(kind, type(error).__name__)
+        self._errors.count(kind, type(error).__name__)
         return RemoteTierError(f"the server of the remote tier: {kind}", kind=kind)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError, RemoteTierError
-from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.remote.server import PREFIX, BlockServer, ServerAddress
-from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.stats import ErrorCounts, TierStats
 from emberkv.tiers.store_id import ID_BYTES, kept_id
 
 logger = logging.getLogger(__name__)
@@ -83,15 +83,15 @@ class RemoteTier(Tier):
             },
             ensure_ascii=False,
         )
-        self._troubles = Troubles(logger, f"{name} tier")
-        self._server = BlockServer(address, sha256(namespace).digest()[:16], self._troubles, prefix=prefix, clock=clock)
+        self._errors = ErrorCounts(logger, f"{name} tier")
+        self._server = BlockServer(address, sha256(namespace).digest()[:16], self._errors, prefix=prefix, clock=clock)
         self._lock = threading.Lock()  # the counters and what is to be removed
         self._skipped: Counter[str] = Counter()
         self._evictions = 0
         self._unremoved: set[bytes] = set()
         self._uncleared = False
         self._had_blocks = self._was_emptied = False  # of this model, by stores and refreshes
-        self._last_loss: bytes | str = ""  # the number of the last loss that the server has told of
+        self._last_loss: bytes | str = ""  # the number of the last loss that the server has reported
         self._lost: list[bytes] = []
 
     def connect(self) -> "RemoteTier":
@@ -160,7 +160,7 @@ class RemoteTier(Tier):
         if block_hashes and self._server.breaker.is_closed:
             self._try("use", self._ttl_ms, *block_hashes)
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         known = self.removals_seen if seen is None else seen
         evicted: list[bytes] = []
         fitting = [entry for entry in entries if len(entry.data) + ENTRY_BYTES <= self._max_bytes]
@@ -169,37 +169,37 @@ class RemoteTier(Tier):
         for batch in reversed(list(self._batches(fitting))):
             count += self._store(batch, known, evicted)
         self._had_blocks |= count > 0
-        return Stored(count, evicted)
+        return StoreResult(count, evicted)
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         """Where the server does not answer, this process does not find them any more, and removes them when it does;
         with ``remember`` False, it leaves them.
         """
         wanted = list(dict.fromkeys(block_hashes))
         if not wanted:
-            return Removed()
+            return RemovalResult()
         if not remember:
-            return Removed((self._try("drop", *wanted) if self._server.breaker.is_closed else None) or 0)
+            return RemovalResult((self._try("drop", *wanted) if self._server.breaker.is_closed else None) or 0)
         with self._lock:
             self._unremoved.update(wanted)
         count = self._try("remove", *wanted) if self._server.breaker.is_closed else None
         if count is None:
-            return Removed(0, len(wanted), NOT_REACHED)
+            return RemovalResult(0, len(wanted), NOT_REACHED)
         with self._lock:
             self._unremoved.difference_update(wanted)
-        return Removed(count)
+        return RemovalResult(count)
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         """As `remove`, of all blocks of this model, those that other processes have stored included."""
         with self._lock:
             self._uncleared = True
         before = self._server.contents.own_entries
         try:
             if self._server.breaker.is_closed:
-                return Removed(self._clear())
+                return RemovalResult(self._clear())
         except RemoteTierError:
             logger.info("%s tier: it is cleared when the server answers", self.name)
-        return Removed(0, before, NOT_REACHED)
+        return RemovalResult(0, before, NOT_REACHED)
 
     def refresh(self) -> None:
         """Forget what has expired. Where the server has failed, try it: it is used again once it answers and what was
@@ -239,7 +239,7 @@ class RemoteTier(Tier):
                 bytes_by_owner=contents.bytes_by_owner,
                 evictions=self._evictions,
                 skipped=dict(self._skipped),
-                troubles=dict(self._troubles.counts),
+                errors=dict(self._errors.counts),
                 circuit=self._server.breaker.circuit,
             )
 
@@ -309,7 +309,7 @@ class RemoteTier(Tier):
         self._lost += lost
         self.store_id = kept_id(key, self._namespace)
         if is_new_index:
-            self._troubles.count("index lost")
+            self._errors.count("index lost")
 
     def _remove_left(self) -> None:
         with self._lock:

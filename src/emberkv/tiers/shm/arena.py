@@ -2,7 +2,7 @@
 
     header | ring of changed slots | ring of removals | table of slots | data of the slots
 
-A slot's sequence number is odd while it is written, so a reader tells a slot that changed under it; the record's own
+A slot's sequence number is odd while it is written, so a reader notices a slot that changed meanwhile; the record's own
 checksum is checked above. The kernel gives a dead process's locks back. The slot that it was writing is noted in the
 header, and emptied by the next process that writes. Numbers are in the machine's byte order: only it reads them.
 """

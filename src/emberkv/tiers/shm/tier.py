@@ -17,10 +17,10 @@ from pathlib import Path
 
 from emberkv.core.policies.eviction import LRU, EntryCost
 from emberkv.errors import ConfigError, UntrustedPathError
-from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
+from emberkv.tiers.base import PolicyFactory, RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.partial import PartialIndex, PartialPlace
 from emberkv.tiers.shm.arena import ALL, MAX_OWNER_BYTES, VERSION, Arena, Slot, check_room, remove_unused
-from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.stats import ErrorCounts, TierStats
 from emberkv.tiers.store_id import folder_id
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ShmTier(Tier):
         self._owners: Counter[str] = Counter()
         self._evictions = 0
         self._skipped: Counter[str] = Counter()
-        self._troubles = Troubles(logger, f"{name} tier")
+        self._errors = ErrorCounts(logger, f"{name} tier")
         self._unremoved: set[bytes] = set()
         self._uncleared = False
         self._closed = False
@@ -162,14 +162,14 @@ class ShmTier(Tier):
                 self._arena.use(held.number, held.used)
             self._policy.access(reversed(found))
 
-    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         if self._arena is None and self._made(entries) is None:
-            return Stored()
+            return StoreResult()
         evicted: list[bytes] = []
         with self._changing() as arena:
             if arena is None:
                 self._skip("another process writes", len(entries))
-                return Stored()
+                return StoreResult()
             removed = arena.removed_since(arena.removals if seen is None else seen)
             with self._lock:
                 self._follow(arena)
@@ -180,9 +180,9 @@ class ShmTier(Tier):
                     continue
                 with self._lock:
                     count += self._store_one(arena, entry, evicted)
-        return Stored(count, [block_hash for block_hash in evicted if block_hash not in self._index])
+        return StoreResult(count, [block_hash for block_hash in evicted if block_hash not in self._index])
 
-    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
         """Where another process does not give the lock back, this one does not find the blocks any more, and removes
         them when it has the lock; with ``remember`` False, it leaves them.
         """
@@ -192,7 +192,7 @@ class ShmTier(Tier):
             self._unremoved.update(block_hashes)
         return self._remove()
 
-    def clear(self) -> Removed:
+    def clear(self) -> RemovalResult:
         """As `remove`, of all blocks of this model."""
         self._uncleared = True
         return self._remove()
@@ -202,7 +202,7 @@ class ShmTier(Tier):
         try:
             arena = self._arena or self._attached()
         except (UntrustedPathError, OSError) as error:
-            self._troubles.count("arena not opened", type(error).__name__)
+            self._errors.count("arena not opened", type(error).__name__)
             return
         if arena is not None and arena.changes != self._changes:
             with self._lock:
@@ -221,7 +221,7 @@ class ShmTier(Tier):
                 bytes_by_owner={owner: blocks * size for owner, blocks in self._owners.items() if blocks},
                 evictions=self._evictions,
                 skipped=dict(self._skipped),
-                troubles=dict(self._troubles.counts),
+                errors=dict(self._errors.counts),
             )
 
     def close(self) -> None:
@@ -264,7 +264,7 @@ class ShmTier(Tier):
             try:
                 arena = Arena.create(self._path, self._digest, largest, self._max_bytes)
             except (UntrustedPathError, OSError) as error:
-                self._troubles.count("arena not made", type(error).__name__)
+                self._errors.count("arena not made", type(error).__name__)
                 self._skip("no arena", len(entries))
                 return None
             if arena is None:
@@ -367,7 +367,7 @@ class ShmTier(Tier):
             arena.write(number, slot, entry.data)
         except OSError as error:
             self._skipped["no memory"] += 1
-            self._troubles.count("no memory", type(error).__name__)
+            self._errors.count("no memory", type(error).__name__)
             self._free.add(number)
             return False
         self._enter(_Held(number, slot, slot.used))
@@ -402,17 +402,17 @@ class ShmTier(Tier):
         if held.slot.partial is None:
             evicted.append(held.slot.block_hash)
 
-    def _remove(self) -> Removed:
+    def _remove(self) -> RemovalResult:
         """Remove what is to be removed."""
         with self._lock:
             wanted, everything, arena = set(self._unremoved), self._uncleared, self._arena
         if arena is None:
             with self._lock:
                 self._unremoved, self._uncleared = set(), False
-            return Removed()
+            return RemovalResult()
         with self._changing() as arena:
             if arena is None:
-                return Removed(0, len(self._index) if everything else len(wanted), LOCKED)
+                return RemovalResult(0, len(self._index) if everything else len(wanted), LOCKED)
             with self._lock:
                 self._follow(arena)
                 arena.note_removals([ALL] if everything else wanted)
@@ -422,18 +422,18 @@ class ShmTier(Tier):
                 self._erase(arena, gone)
                 self._unremoved -= wanted
                 self._uncleared = self._uncleared and not everything
-        return Removed(_count_full(gone))
+        return RemovalResult(_count_full(gone))
 
-    def _drop(self, block_hashes: Sequence[bytes]) -> Removed:
+    def _drop(self, block_hashes: Sequence[bytes]) -> RemovalResult:
         """Remove these, of which the stores by other processes are not refused."""
         with self._changing() as arena:
             if arena is None:
-                return Removed(0, len(block_hashes), LOCKED)
+                return RemovalResult(0, len(block_hashes), LOCKED)
             with self._lock:
                 self._follow(arena)
                 gone = [held for each in dict.fromkeys(block_hashes) if (held := self._index.get(each)) is not None]
                 self._erase(arena, gone)
-        return Removed(_count_full(gone))
+        return RemovalResult(_count_full(gone))
 
     def _erase(self, arena: Arena, gone: Sequence[_Held]) -> None:
         for held in gone:

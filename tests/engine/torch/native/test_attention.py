@@ -301,8 +301,8 @@ def test_padding_is_left_out_with_the_rows_that_are_not_wanted(kernels: Kernels,
     step = step_of(pool, kernels, [(whole, 0, 18)], [17])
     out = step.attend(CALL, whole.q, whole.k, whole.v)
     assert out.any(dim=-1).any(dim=-1).nonzero().flatten().tolist() == [17]
-    assert step.rows_left is not None
-    assert (step.rows_left.index.tolist(), step.rows_left.of) == ([17], 20)
+    assert step.active_rows is not None
+    assert (step.active_rows.index.tolist(), step.active_rows.of) == ([17], 20)
 
 
 def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -345,10 +345,10 @@ def test_after_the_last_layer_the_wanted_rows_are_left(kernels: Kernels, dtype: 
     whole = text(pool, 10)
     step = step_of(pool, kernels, [(whole, 0, 10)], [3, 9])
     step.attend(LayerCall(0, 0.2, None, None), whole.q, whole.k, whole.v)
-    assert step.rows_left is None
+    assert step.active_rows is None
     step.attend(LayerCall(1, 0.2, None, None), whole.q, whole.k, whole.v)
-    assert step.rows_left is not None
-    assert (step.rows_left.index.tolist(), step.rows_left.of) == ([3, 9], 10)
+    assert step.active_rows is not None
+    assert (step.active_rows.index.tolist(), step.active_rows.of) == ([3, 9], 10)
 
 
 def test_sequences_whose_wanted_rows_share_a_prefix_get_the_same_bits_as_alone(

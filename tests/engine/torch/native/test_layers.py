@@ -10,7 +10,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft, attention_step
+from emberkv.engine.torch.attention.paged_attention import ActiveRows, AttentionStep, LayerCall, attention_step
 from emberkv.engine.torch.layers import pack_linears, rows_are_independent
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
@@ -185,7 +185,7 @@ class _Left(AttentionStep):
     """After the last layer's attention."""
 
     def __init__(self, rows: list[int], of: int) -> None:
-        self.rows_left = RowsLeft(torch.tensor(rows, dtype=torch.int64), of)
+        self.active_rows = ActiveRows(torch.tensor(rows, dtype=torch.int64), of)
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError

@@ -148,7 +148,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True, slots=True)
-class RowsLeft:
+class ActiveRows:
     """Rows of a pass, of which there are ``of``, whose results are still wanted. index: int64, ascending."""
 
     index: Tensor
@@ -158,11 +158,11 @@ class RowsLeft:
 class AttentionStep(ABC):
     """The batch whose attention is being computed.
 
-    rows_left: None while all rows are wanted. After the last layer's attention no row needs another one, and those
+    active_rows: None while all rows are wanted. After the last layer's attention no row needs another one, and those
     without wanted logits need nothing more; a step may leave them, and layers after it can.
     """
 
-    rows_left: RowsLeft | None = None
+    active_rows: ActiveRows | None = None
 
     @abstractmethod
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -196,10 +196,10 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
         _current_step.reset(token)
 
 
-def rows_left() -> RowsLeft | None:
+def active_rows() -> ActiveRows | None:
     """Those of the step in force; None where all rows are wanted, or where there is no step."""
     step = _current_step.get(None)
-    return None if step is None else step.rows_left
+    return None if step is None else step.active_rows
 
 
 class PassedPositions:

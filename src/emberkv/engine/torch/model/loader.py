@@ -57,8 +57,8 @@ def _left_in(group: Path) -> int | None:
     limit, current, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
     if not (limit.is_file() and current.is_file() and stat.is_file()) or limit.read_text().strip() == "max":
         return None
-    figures = dict(line.split() for line in stat.read_text().splitlines())
-    return max(0, int(limit.read_text()) - int(current.read_text()) + int(figures.get("inactive_file", 0)))
+    fields = dict(line.split() for line in stat.read_text().splitlines())
+    return max(0, int(limit.read_text()) - int(current.read_text()) + int(fields.get("inactive_file", 0)))
 
 
 def gib(num_bytes: int) -> str:

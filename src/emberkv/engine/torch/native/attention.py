@@ -12,9 +12,9 @@ from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.paged_attention import (
+    ActiveRows,
     AttentionStep,
     LayerCall,
-    RowsLeft,
     Run,
     shared_prefixes,
 )
@@ -162,7 +162,7 @@ class NativeStep(AttentionStep):
         plan = self._plan(window, shape, only_wanted=only_wanted)
         if only_wanted:
             out = torch.zeros(queries.shape, dtype=queries.dtype)
-            self.rows_left = RowsLeft(torch.tensor(self._wanted, dtype=torch.int64), queries.shape[0])
+            self.active_rows = ActiveRows(torch.tensor(self._wanted, dtype=torch.int64), queries.shape[0])
         else:
             out = torch.empty(queries.shape, dtype=queries.dtype)
             out[self._rows :] = 0

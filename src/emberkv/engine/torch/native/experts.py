@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
-from emberkv.engine.torch.attention.paged_attention import rows_left
+from emberkv.engine.torch.attention.paged_attention import active_rows
 from emberkv.engine.torch.layers import (
     ALONE,
     EXPERT_WEIGHTS,
@@ -58,7 +58,7 @@ class NativeExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[rows, size]`` of such, with ``[rows, top_k]`` experts and weights. Rows that are not wanted are zeros."""
-        left = rows_left()
+        left = active_rows()
         if left is None or left.of != hidden_states.shape[0]:
             return self._product(hidden_states, top_k_index, top_k_weights)
         out = hidden_states.new_zeros(left.of, self.size)

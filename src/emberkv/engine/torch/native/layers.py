@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from emberkv.engine.torch.attention.paged_attention import rows_left
+from emberkv.engine.torch.attention.paged_attention import active_rows
 from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.model.latent import TorchLatentProjection
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
@@ -152,7 +152,7 @@ def _shape_of(weight: Weight, dtype: torch.dtype | None) -> Tensor:
 def _compute(kernels: Kernels, call: LinearCall, weight: Tensor, inputs: Tensor) -> Tensor:
     """Of the rows that are left; zeros for others."""
     rows = inputs.reshape(-1, call.in_features)
-    left = rows_left()
+    left = active_rows()
     if left is None or left.of != rows.shape[0]:
         out = _product(kernels, call, weight, rows.contiguous())
     else:

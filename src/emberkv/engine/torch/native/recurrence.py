@@ -21,9 +21,9 @@ class NativeRecurrence(nn.Module):
         self._inner = plain.state.heads * plain.state.width
         self._call = _prepared(plain)
         # No buffers, which may be moved, while the call has their addresses; and copies, which keep no file mapped.
-        given = {name: tensor.clone() for name in _PARAMETERS if (tensor := getattr(plain, name)) is not None}
-        self._given = tuple(given.values())
-        for name, tensor in given.items():
+        parameters = {name: tensor.clone() for name in _PARAMETERS if (tensor := getattr(plain, name)) is not None}
+        self._kept = tuple(parameters.values())
+        for name, tensor in parameters.items():
             setattr(self._call, name, tensor.data_ptr())
 
     def forward(self, mixed: Tensor, gate: Tensor, steps: Tensor, betas: Tensor | None) -> Tensor:
