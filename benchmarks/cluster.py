@@ -71,7 +71,8 @@ class Size:
     context: int
     answer: int
     gateway_rounds: int
-    cache_ram: str = "1GiB"
+    cache_ram: str = "64MiB"
+    """Of a worker, so little that the first round's conversations fill it: what then grows is a leak."""
 
 
 FULL = Size(

@@ -3,13 +3,14 @@
     python -m benchmarks.gateway [--emberkv "COMMAND"] [--rounds 20] [--streams 16] [--out PREFIX]
 
 A round asks the worker and the gateway in turn, in an order that alternates. So many clients each ask again as soon as
-they are answered. Prompts are cached, so that next to nothing is computed and what is added shows. Exits with 1 when
-the target is missed.
+they are answered. Prompts are cached, so that next to nothing is computed and what is added shows. The worker computes
+on one core, unless OMP_NUM_THREADS says otherwise. Exits with 1 when the target is missed.
 """
 
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import statistics
 import sys
@@ -97,7 +98,10 @@ def processes(command: Sequence[str]) -> Iterator[tuple[str, str]]:
     secret.write_text(secrets.token_hex(32))
     secret.chmod(0o600)
     flags = ("--cluster-secret-file", str(secret), "--port")
-    worker = lib.Server("worker", lambda port: [*command, "serve", "--worker-id", "a", *flags, str(port)], "/ready")
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    worker = lib.Server(
+        "worker", lambda port: [*command, "serve", "--worker-id", "a", *flags, str(port)], "/ready", env=threads
+    )
     with lib.serving(worker, folder / "worker.log") as worker_url:
         gateway = lib.Server(
             "gateway", lambda port: [*command, "gateway", "--worker", worker_url, *flags, str(port)], "/ready"

@@ -59,7 +59,7 @@ def test_a_prefix_is_left_when_waiting_for_it_costs_more_than_computing_it() -> 
     router, states = fleet(2)
     chain = prompt(0, 100)
     has(router, 1, chain, 50)
-    states[1].queued_tokens = 2 * 800 + 200
+    states[1].queued_tokens = 3 * 800 + 200  # a token to compute weighs three that wait
     assert decide(router, states, chain).replica == 0
 
 

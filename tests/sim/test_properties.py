@@ -4,7 +4,7 @@ import io
 from random import Random
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from emberkv.cluster.routing import ROUTER_NAMES
@@ -47,6 +47,12 @@ def set_ups(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+FAILS_WITHIN_A_RUN: dict[str, Any] = {
+    "kv_blocks": 28, "block_size": 1, "eviction": "lru", "routing": "random", "replicas": 1, "prefill_chunk": 10,
+    "max_step_tokens": 10, "max_running": 1, "seed": 1, "random_outages": {"mean_time_up": 5.0, "mean_time_down": 1.0},
+}  # fmt: skip
+"""The step under way when the replica fails has evicted a block."""
+
 WORKLOADS = st.builds(mixed_requests, st.integers(0, 1_000_000), st.integers(0, 30))
 
 
@@ -80,6 +86,7 @@ def test_everybody_has_an_outcome_and_everything_is_given_back(requests: list[An
 
 @settings(max_examples=150, deadline=None)
 @given(WORKLOADS, set_ups(), st.sampled_from([None, 3.0]))
+@example(mixed_requests(1, 17), FAILS_WITHIN_A_RUN, None)
 def test_steps_taken_together_change_nothing(requests: list[Any], how: dict[str, Any], stop_at: float | None) -> None:
     together, singly = (run(requests, **how, stop_at=stop_at, together=each) for each in (True, False))
     assert csv_of(together) == csv_of(singly)

@@ -266,7 +266,7 @@ class Replica:
     def fail(self, now: int) -> list[SimulatedRequest]:
         """Lose all state. Returns the requests that were in flight, in the order in which they came."""
         self.interrupt(now)
-        self._catch_up(now, planned=False)
+        self._catch_up(now, begins=False)
         lost = [*self._requests.values(), *self._inbox]
         self._requests.clear()
         self._inbox.clear()
@@ -290,13 +290,15 @@ class Replica:
 
     def catch_up(self, now: int) -> None:
         """Account for those of steps taken together that have ended by ``now``; the next one has begun."""
-        self._catch_up(now, planned=True)
+        self._catch_up(now, begins=True)
 
-    def _catch_up(self, now: int, *, planned: bool) -> None:
+    def _catch_up(self, now: int, *, begins: bool) -> None:
+        """begins: whether a step begins where another one ends at ``now``."""
         step = self.step
         if step is not None and step.run is not None:
             count, duration = step.run.cut(now - step.began)
-            self._advance(step, count - (duration > now - step.began), planned=planned)
+            under_way = duration > now - step.began
+            self._advance(step, count - under_way, planned=under_way or begins)
 
     def _step_of(self, plan: StepPlan, now: int) -> Step:
         if plan.prefills:
