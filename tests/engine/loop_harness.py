@@ -116,6 +116,7 @@ class Harness:
         batch_invariant: bool = False,
         within_blocks: bool = True,
         branch_tokens: int = BRANCH_TOKENS,
+        max_running: int = 16,
         tiers: TierLink | None = None,
         policy: EvictionPolicy[BlockHash] | None = None,
         public: PublicPrefixes | None = None,
@@ -132,7 +133,7 @@ class Harness:
             exact=exact,
             enabled=prefix_cache,
         )
-        self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16), tiers)
+        self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16, max_running), tiers)
         self.loop = EngineLoop(
             self.executor,
             self.scheduler,
@@ -156,10 +157,11 @@ class Harness:
         ignore_eos: bool = False,
         stop_token_ids: tuple[int, ...] = (),
         salt: bytes = b"",
+        tenant: str = "",
     ) -> Inbox:
         inbox = inbox or Inbox()
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
-        self.loop.submit(GenerationRequest(request_id, list(prompt), params, salt), inbox)
+        self.loop.submit(GenerationRequest(request_id, list(prompt), params, salt, tenant=tenant), inbox)
         return inbox
 
     def check_idle(self) -> None:

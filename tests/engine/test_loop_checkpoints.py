@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from emberkv.core.hashing import TokenChain, partial_hash
+from emberkv.core.sequence import StepPlan
 from emberkv.engine.commands import Remove, Statistics
-from emberkv.engine.request import CacheUsage
+from emberkv.engine.request import CacheUsage, FinishReason
 from emberkv.engine.tier_link import TierLink
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.engine.loop_harness import BLOCK, ROOT, Harness, Inbox, running
+from tests.engine.loop_harness import BLOCK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.engine.tier_harness import NAMESPACE
 from tests.engine.tiny_executor import ArrayPool
 from tests.waiting import DEADLINE
@@ -34,11 +36,11 @@ class TouchedTier(MemoryTier):
 class Hybrid(Harness):
     """A `Harness` of a model with a state, whose blocks' bytes are garbage."""
 
-    def __init__(self, tier: MemoryTier) -> None:
+    def __init__(self, tier: MemoryTier, **how: Any) -> None:
         self.stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=2**20)
         self.bytes = ArrayPool(24, BLOCK)
         self.link = TierLink(self.stack, self.bytes, step_tokens=16)
-        super().__init__(tiers=self.link, batch_invariant=True, within_blocks=False, branch_tokens=2)
+        super().__init__(tiers=self.link, batch_invariant=True, within_blocks=False, branch_tokens=2, **how)
 
     def ask(self, request_id: str, prompt: Sequence[int]) -> Inbox:
         inbox = self.submit(request_id, prompt, 1)
@@ -47,8 +49,8 @@ class Hybrid(Harness):
 
 
 @contextmanager
-def hybrid(tier: MemoryTier) -> Iterator[Hybrid]:
-    harness = Hybrid(tier)
+def hybrid(tier: MemoryTier, **how: Any) -> Iterator[Hybrid]:
+    harness = Hybrid(tier, **how)
     with running(harness):
         yield harness
     assert harness.stack.close(DEADLINE)
@@ -88,3 +90,36 @@ def test_a_removal_names_to_the_tiers_what_is_beside_a_cached_block() -> None:
         removed = harness.loop.execute(Remove(chain.block_hashes[1:])).result(DEADLINE)
         assert removed.tiers["ram"].result(DEADLINE).count == 1
     assert (tier.lookup(chain.block_hashes), tier.partial_counts(FIRST)) == (1, [])
+
+
+def test_a_victim_may_supersede_the_checkpoint_of_a_sequence_that_the_same_plan_admits() -> None:
+    """The checkpoint has no hash any more when the tiers are to be told that it was reused."""
+    prompt = PROMPT[: BLOCK + 1]
+    others: list[Inbox] = []
+
+    def submit_two(plan: StepPlan, number: int) -> None:
+        if not others and any(each.request_id == "victim" and each.num_generated for each in plan.decodes):
+            others.append(harness.submit("reuses", [*prompt, 40, 41], tenant="carl"))
+            others.append(harness.submit("preempts", range(12, 18), tenant="ann"))
+
+    with hybrid(MemoryTier(2**20), executor=FakeExecutor(on_step=submit_two), max_running=3) as harness:
+        harness.ask("leaves", prompt)
+        other = harness.submit("other", range(20, 30), 20, tenant="bob", ignore_eos=True)
+        victim = harness.submit("victim", [*prompt, 30], 20, tenant="bob", ignore_eos=True)
+        long = [inbox.wait() for inbox in (other, victim)]
+        reuses, preempts = (inbox.wait() for inbox in others)
+    assert [each.finish_reason for each in (*long, reuses, preempts)] == [FinishReason.LENGTH] * 4
+    assert reuses.usage is not None
+    assert (reuses.usage.cached_tokens, harness.pool.stats.preemptions) == (len(prompt), 1)
+
+
+def test_a_checkpoint_without_memory_for_its_copy_keeps_no_full_block_from_the_tiers() -> None:
+    class Full(ArrayPool):
+        def read_beginning(self, block_id: int, num_tokens: int, /) -> memoryview:
+            raise MemoryError("no memory")
+
+    tier = MemoryTier(2**20)
+    with hybrid(tier) as harness:
+        harness.link._blocks = Full(24, BLOCK)
+        harness.ask("a", PROMPT)
+    assert (tier.block_hashes(), dict(harness.link.errors)) == ([FIRST], {"memory": 1})

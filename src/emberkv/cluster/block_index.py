@@ -249,12 +249,20 @@ class BlockIndex:
         """
         columns = [self._column(replica) for replica in range(replicas)]
         runs = _Runs(self._tiers, columns)
+        one_word = self._one_word_of_each_tier()
         shared = self._shared_holders()
         for count, words in self._look_up(block_hashes):
-            if not runs.take(count, self._holders(words, shared)):
+            holders = [words[number] for number in one_word] if one_word else self._holders(words, shared)
+            if not runs.take(count, holders):
                 break
         counts = runs.ended()
         return [counts[column] for column in columns]
+
+    def _one_word_of_each_tier(self) -> list[int]:
+        """The numbers of the tiers' words where these say all that `_holders` does; else empty."""
+        if self._apart or self._shared or len(self._words) > len(self._tiers):
+            return []
+        return [self._words[tier, 0] for tier in self._tiers if (tier, 0) in self._words]
 
     def _holders(self, words: Sequence[int], shared: Mapping[int, tuple[str, int]]) -> list[int]:
         """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row. shared: see
@@ -289,7 +297,7 @@ class BlockIndex:
                 yield 1, self._table.words(tag)
             return
         depths, found = self._sampled(block_hashes)
-        changes = np.flatnonzero((found[1:] != found[:-1]).any(axis=1)) + 1
+        changes = _changes(found) + 1
         starts = [0, *depths[changes].tolist()]
         words = found[np.concatenate(([0], changes))].tolist()
         for start, stop, each in zip(starts, [*starts[1:], len(block_hashes)], words, strict=True):
@@ -305,7 +313,7 @@ class BlockIndex:
         depths = np.arange(0, blocks + STRIDE - 1, STRIDE)
         depths[-1] = blocks - 1
         samples = self._gather([block_hashes[depth] for depth in depths.tolist()])
-        changes = np.flatnonzero((samples[1:] != samples[:-1]).any(axis=1))
+        changes = _changes(samples)
         between = (depths[changes, None] + np.arange(1, STRIDE)).ravel()
         between = between[between < blocks - 1]
         if not len(between):
@@ -352,6 +360,12 @@ class BlockIndex:
         if tier not in self._tiers:
             self._tiers.append(tier)
             self._tiers.sort(key=lambda each: TIERS.index(each) if each in TIERS else len(TIERS))
+
+
+def _changes(rows: Rows) -> NDArray[np.intp]:
+    """Where the next row has other words."""
+    differ = rows[1:] != rows[:-1]
+    return np.flatnonzero(differ if rows.shape[1] == 1 else differ.any(axis=1))
 
 
 class _Runs:

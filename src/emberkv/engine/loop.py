@@ -391,9 +391,9 @@ def _reused(sequence: Sequence, *, checkpoints: bool) -> abc.Sequence[BlockHash]
     """Of the full blocks that a sequence reuses that was just admitted, and of the checkpoint that it goes on from."""
     full = sequence.chain.block_hashes[: sequence.cached_tokens // sequence.chain.block_size]
     copy = sequence.held.copy if checkpoints else None
-    if copy is None:
+    # a victim of the same plan may have left a longer checkpoint in its place
+    if copy is None or copy.source.block_hash is None:
         return full
-    assert copy.source.block_hash is not None
     return [*full, copy.source.block_hash]
 
 

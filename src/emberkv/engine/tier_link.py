@@ -134,18 +134,22 @@ class TierLink:
         """Have the tiers store these. Their bytes are copied out of the pool before this returns."""
         wanted = [block for block in blocks if (block.exact or not self._exact) and not block.partial]
         partial = [block for block in blocks if block.partial] if self.manager.keeps_partial else []
-        if not wanted and not partial:
-            return
-        try:
-            contents = self._blocks.read_blocks([block.block_id for block in wanted])
-            contents += [self._blocks.read_beginning(block.block_id, block.num_tokens) for block in partial]
-        except MemoryError as error:  # the blocks stay where they are
-            self._count("memory", len(wanted) + len(partial), str(error))
-            return
-        pairs = zip([*wanted, *partial], contents, strict=True)
-        self.manager.offload(
-            [OffloadedBlock(record_of(block, content), block.owner, _place_of(block)) for block, content in pairs]
-        )
+        for batch in ([wanted] if wanted else []) + [[block] for block in partial]:
+            try:
+                contents = self._contents(batch)
+            except MemoryError as error:  # the blocks stay where they are
+                self._count("memory", len(batch), str(error))
+                continue
+            pairs = zip(batch, contents, strict=True)
+            self.manager.offload(
+                [OffloadedBlock(record_of(block, content), block.owner, _place_of(block)) for block, content in pairs]
+            )
+
+    def _contents(self, blocks: Sequence[Block]) -> Sequence[memoryview]:
+        """Of full blocks, or of a partial one."""
+        if blocks[0].partial:
+            return [self._blocks.read_beginning(block.block_id, block.num_tokens) for block in blocks]
+        return self._blocks.read_blocks([block.block_id for block in blocks])
 
     def onboard(self, load: Load) -> None:
         """Have a load's blocks read, within its ``break_even_seconds``; `FIRST_LOAD_SECONDS` where none are known."""

@@ -130,10 +130,7 @@ class MemoryTier(Tier):
         return len(block_hashes)
 
     def block_hashes(self) -> list[bytes]:
-        block_hashes = list(self._entries)
-        if not len(self._partial):
-            return block_hashes
-        return [block_hash for block_hash in block_hashes if self._partial.place(block_hash) is None]
+        return [block_hash for block_hash, entry in list(self._entries.items()) if entry.partial is None]
 
     def partial_counts(self, parent: bytes) -> list[int]:
         return self._partial.counts(parent)

@@ -135,10 +135,7 @@ class ShmTier(Tier):
         )
 
     def block_hashes(self) -> list[bytes]:
-        block_hashes = list(self._index)
-        if not len(self._partial):
-            return block_hashes
-        return [block_hash for block_hash in block_hashes if self._partial.place(block_hash) is None]
+        return [block_hash for block_hash, held in list(self._index.items()) if held.slot.partial is None]
 
     def partial_counts(self, parent: bytes) -> list[int]:
         return self._partial.counts(parent)
