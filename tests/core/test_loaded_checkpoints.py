@@ -150,6 +150,7 @@ def test_one_that_takes_longer_than_computing_is_left_but_tried_now_and_then() -
             harness.complete(plan)
         harness.finish()
     assert loaded == [PROBE_EVERY - 1]
+    assert dict(harness.pool.stats.load_choices) == {LoadChoice.RECOMPUTE_CHEAPER: PROBE_EVERY - 1, LoadChoice.LOAD: 1}
     tiers.block_seconds["disk"] = 4.0
     tiers.put_partial(chain([99, *range(5)], SIZE), 0, 5)
     harness.add("faster", [99, *range(5)])
@@ -177,7 +178,21 @@ def test_where_it_does_not_arrive_the_hit_ends_at_the_block() -> None:
     harness.arrive(load, 1)
     harness.finish()
     assert (load.arrived, load.partial_arrived, sequence.cached_tokens) == (1, False, 8)
-    assert harness.pool.stats.loaded_checkpoints == 0
+    stats = harness.pool.stats
+    assert (stats.loaded_checkpoints, stats.checkpoints["not_loaded"], stats.unloaded_blocks) == (0, 1, 0)
+
+
+def test_one_that_is_declined_behind_cached_blocks_is_counted() -> None:
+    harness = engine(FakeTiers(block_seconds={"disk": 6.0}, token_seconds=1.0))
+    harness.add("first", range(9))
+    harness.finish()
+    assert harness.lower is not None
+    harness.lower.put_partial(chain(range(14), SIZE), 1, 5)
+    sequence = harness.add("second", range(14))
+    assert harness.step().loads == []
+    assert harness.pool.stats.load_choices[LoadChoice.RECOMPUTE_CHEAPER] == 1
+    assert sequence.admission == Admission(9, {}, MatchEnd.LIMIT, partial_tokens=5)
+    harness.finish()
 
 
 def test_it_is_not_kept_where_a_block_before_it_does_not_arrive() -> None:
@@ -234,6 +249,7 @@ def test_where_a_sequence_has_left_it_meanwhile_no_second_one_is_kept() -> None:
     harness.pool.free(source)
     harness.scheduler.loaded(load, [True])
     assert (load.partial_arrived, harness.pool.num_evictable) == (False, 1)
+    assert harness.pool.stats.unloaded_checkpoints == 0
 
 
 def test_what_is_stored_is_ends_and_branches_at_once_and_guesses_when_they_are_used() -> None:

@@ -375,3 +375,23 @@ def test_a_bad_one_is_refused_and_removed_and_no_event_tells_of_it() -> None:
     assert manager.flush(DEADLINE)
     assert fetched(manager, [LONG.record], runs, partial=LONG.partial) == [LONG.record]
     assert manager.close(DEADLINE)
+
+
+def test_one_that_is_kept_behind_another_block_is_refused_and_removed() -> None:
+    """A removal of the block that it follows would not find it there."""
+    tier = GatedTier()
+    tier.store([replace(entry_of(PRIVATE), partial=replace(place(PRIVATE), previous=IDS[1]))])
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
+    assert search(manager, wanted=PRIVATE) is not None
+    assert fetched(manager, [PRIVATE.record], [BlockRun("gated", 1, None)], partial=PRIVATE.partial) == [None]
+    assert (tier.stats().entries, manager.stats()["gated"].corrupt) == (0, {"place": 1})
+    assert manager.close(DEADLINE)
+
+
+def test_one_that_is_read_by_its_hash_alone_stays() -> None:
+    tier = GatedTier()
+    tier.store([entry_of(PRIVATE)])
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
+    assert fetched(manager, [PRIVATE.record], [BlockRun("gated", 1, None)]) == [PRIVATE.record]
+    assert (tier.stats().entries, manager.stats()["gated"].corrupt) == (1, {})
+    assert manager.close(DEADLINE)

@@ -110,7 +110,7 @@ class PendingLoads:
         if is_decided or (has_all and not self._cache.keeps_branches):
             return False
         decision, load = self._decide(sequence, match, stop, self._lower)
-        if has_all and load is None:
+        if has_all and decision.choice is LoadChoice.ABSENT:
             return False
         if isinstance(load, PendingLookup):
             sequence.lookup = load
@@ -151,7 +151,7 @@ class PendingLoads:
         decision = savings.choose(runs)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
             decision = LoadDecision(LoadChoice.LOAD, trim(runs, decision.declined))
-        partial, saved = self._checkpoint(savings, decision)
+        decision, partial, saved = self._with_checkpoint(savings, decision)
         if partial is not None and (other := self._by_hash.get(partial.block_hash)) is not None:
             if not decision.runs and not sequence.waits:
                 return LoadDecision(LoadChoice.SHARED), other
@@ -168,12 +168,14 @@ class PendingLoads:
         break_even_seconds = savings.seconds(count, 0 if partial is None else saved)
         return decision, Load(chain, first, decision.runs, blocks, break_even_seconds, partial)
 
-    def _checkpoint(self, savings: LoadSavings, decision: LoadDecision) -> tuple[StoredPartial | None, int]:
-        """As `LoadSavings.checkpoint`, if it is to be loaded."""
+    def _with_checkpoint(
+        self, savings: LoadSavings, decision: LoadDecision
+    ) -> tuple[LoadDecision, StoredPartial | None, int]:
+        """The decision, and the checkpoint to load behind its blocks, with what it saves: `LoadSavings.checkpoint`."""
         partial, saved = savings.checkpoint(decision)
         if partial is None or savings.is_faster(partial, saved) or self._is_time_to_probe():
-            return partial, saved
-        return None, 0
+            return decision, partial, saved
+        return decision if decision.runs else LoadDecision(LoadChoice.RECOMPUTE_CHEAPER), None, 0
 
     def _is_pending(self, lower: LowerTiers, block_hash: BlockHash) -> bool:
         return lower.status(block_hash, exact=self._cache.exact) is LookupStatus.PENDING
@@ -204,9 +206,11 @@ class PendingLoads:
             load.partial_arrived = pool.complete_partial_load(
                 load.blocks[full], load.chain, load.stop, load.partial.count, arrived=arrived
             )
+            pool.stats.loaded_checkpoints += load.partial_arrived
+            if not load.partial_arrived and pool.lookup(load.partial.block_hash) is None:
+                pool.stats.unloaded_checkpoints += 1
         pool.stats.loaded_blocks += load.arrived
         pool.stats.unloaded_blocks += full - load.arrived
-        pool.stats.loaded_checkpoints += load.partial_arrived
         for block_hash in load.block_hashes:
             if self._by_hash.get(block_hash) is load:
                 del self._by_hash[block_hash]

@@ -25,6 +25,7 @@ class SchedulerStats:
     speculative_unused: int = 0  # of these, found no more before that
     checkpoint_hits: int = 0  # sequences that went on from a partial block which is copied whole
     loaded_checkpoints: int = 0  # such blocks that came from a lower tier
+    unloaded_checkpoints: int = 0  # such blocks that a load was to bring, and that are not in the pool at its end
     evicted_blocks: int = 0
     collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0
@@ -47,4 +48,5 @@ class SchedulerStats:
             "speculative_unused": self.speculative_unused,
             "hits": self.checkpoint_hits,
             "loaded": self.loaded_checkpoints,
+            "not_loaded": self.unloaded_checkpoints,
         }

@@ -1,6 +1,6 @@
 """What a tier's worker is given to do, one after the other."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -49,11 +49,11 @@ class TouchJob:
 @dataclass(eq=False, slots=True)
 class CheckJob:
     """Read these blocks again and remove those that are not sound. They are not found until that is done. partial:
-    those of them that are no full blocks.
+    where those of them lie that are no full blocks.
     """
 
     block_hashes: Collection[bytes]
-    partial: Collection[bytes] = ()
+    partial: Mapping[bytes, PartialPlace] = field(default_factory=dict)
     size: int = 0
 
     def hides(self, block_hash: bytes) -> bool:

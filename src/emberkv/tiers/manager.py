@@ -336,7 +336,7 @@ class TierManager:
             kept = onboarding.end(piece, reading.records)
             if None in reading.records:
                 unsound = onboarding.rest_of(piece, piece.start + reading.records.index(None))
-                worker.check(unsound, onboarding.partial_hashes)
+                worker.check(unsound, onboarding.places)
             for entry, record in zip(reading.entries, kept, strict=False):
                 if entry and record:
                     block = QueuedBlock(record, entry.owner, entry, entry.partial)

@@ -140,9 +140,9 @@ class Onboarding:
         self.done(list(self.records))
 
     @property
-    def partial_hashes(self) -> Sequence[bytes]:
-        """Of ``block_hashes``, that of the partial block, if there is one."""
-        return self.block_hashes[-1:] if self._partial is not None else ()
+    def places(self) -> dict[bytes, PartialPlace]:
+        """Where the partial block lies, by its hash; empty where there is none."""
+        return {} if self._partial is None else {self.block_hashes[-1]: self._partial}
 
     def cancel(self) -> None:
         """Read no more than what is being read now."""

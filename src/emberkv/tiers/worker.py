@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import inf
@@ -16,7 +16,7 @@ from math import inf
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import TOKEN_BYTES
 from emberkv.core.loading import LookupStatus
-from emberkv.errors import BlockError
+from emberkv.errors import BlockError, ForeignBlockError
 from emberkv.tiers.base import RemovalResult, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, verified_record
 from emberkv.tiers.jobs import CheckJob, Job, QueuedBlock, RemoveJob, StoreJob, TouchJob
@@ -164,11 +164,11 @@ class TierWorker:
         self._writable.notify()
         return True
 
-    def check(self, block_hashes: Iterable[bytes], partial: Collection[bytes] = ()) -> None:
+    def check(self, block_hashes: Iterable[bytes], partial: Mapping[bytes, PartialPlace]) -> None:
         """Queue a check of those that no job in the queue hides already. partial: see `CheckJob`."""
         unchecked = [each for each in block_hashes if not any(job.hides(each) for job in self._hidden)]
         if unchecked:
-            self.put(CheckJob(frozenset(unchecked), frozenset(partial)))
+            self.put(CheckJob(frozenset(unchecked), partial))
 
     def take(self) -> Job | None:
         """The next job to `run`, with the stores that follow a store, to be followed by `finish`."""
@@ -314,9 +314,10 @@ class TierWorker:
         began = self._clock()
         entries: list[TierEntry | None] = []
         records: Records = []
+        places = onboarding.places
         try:
             entries = self.tier.load(onboarding.block_hashes[piece.start : piece.stop])
-            records = [self._sound(entry) if entry else None for entry in entries]
+            records = [self._sound(entry, places) if entry else None for entry in entries]
         except Exception as error:
             logger.exception("%s tier: blocks could not be read; they are computed instead", self.name)
             self._failed(error)
@@ -433,13 +434,13 @@ class TierWorker:
         if outcome.evicted:
             self._on_event(BlockRemoved(tuple(outcome.evicted), tier=self.name))
 
-    def _check(self, block_hashes: Sequence[bytes], partial: Collection[bytes]) -> None:
+    def _check(self, block_hashes: Sequence[bytes], partial: Mapping[bytes, PartialPlace]) -> None:
         is_known = self.tier.lookup_seconds is None  # else a block that does not come may be there all the same
         removed = []
         for start in range(0, len(block_hashes), BATCH_BLOCKS):
             batch = block_hashes[start : start + BATCH_BLOCKS]
             for block_hash, entry in zip(batch, self.tier.load(batch), strict=True):
-                fault = self._fault(entry) if entry else ""
+                fault = self._fault(entry, partial) if entry else ""
                 if fault:
                     self.tier.remove((block_hash,), remember=False)
                     self.meter.refused(fault)
@@ -452,27 +453,33 @@ class TierWorker:
         if block_hashes:
             self._on_event(BlockRemoved(tuple(block_hashes), evicted=False, tier=self.name))
 
-    def _sound(self, entry: TierEntry) -> BlockRecord | None:
+    def _sound(self, entry: TierEntry, partial: Mapping[bytes, PartialPlace]) -> BlockRecord | None:
         try:
-            return self._verified(entry)
+            return self._verified(entry, partial)
         except BlockError:
             return None
 
-    def _fault(self, entry: TierEntry) -> str:
+    def _fault(self, entry: TierEntry, partial: Mapping[bytes, PartialPlace]) -> str:
         try:
-            self._verified(entry)
+            self._verified(entry, partial)
         except BlockError as error:
             return error.fault
         return ""
 
-    def _verified(self, entry: TierEntry) -> BlockRecord:
-        return verified_record(
+    def _verified(self, entry: TierEntry, partial: Mapping[bytes, PartialPlace]) -> BlockRecord:
+        """The record of an entry. partial: where the partial blocks lie that a request asks for, by hash: the tier has
+        to keep them there, because a record does not say which full block it follows, and removals go by that.
+        """
+        record = verified_record(
             entry.data,
             namespace=self._namespace,
             block_hash=entry.block_hash,
             exact=entry.exact,
             partial=entry.partial,
         )
+        if entry.partial != partial.get(entry.block_hash, entry.partial):
+            raise ForeignBlockError("kept behind another block than the one that it follows", fault="place")
+        return record
 
 
 def _stored_events(tier: str, records: Sequence[BlockRecord]) -> Iterator[BlockStored]:
