@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from emberkv.engine.torch.model.geometry import HeadShape, Window
 from emberkv.engine.torch.model.inspection import ModelShape, inspect_geometry, inspect_model
@@ -117,6 +117,24 @@ def test_models_that_are_described_alike_are_built_once() -> None:
     assert inspected("one") == (0, shape)
     with pytest.raises(CorruptModelError, match="describes no llama model that can be built"):
         inspected("one", intermediate_size=56.0)
+
+
+def test_configs_of_classes_that_have_the_same_name_are_told_apart() -> None:
+    def config(heads: int) -> PretrainedConfig:
+        class Config(LlamaConfig):
+            model_type = "named_alike"
+
+        class Model(LlamaForCausalLM):
+            config_class = Config
+
+            def __init__(self, config: LlamaConfig) -> None:
+                config.num_key_value_heads = heads
+                super().__init__(config)
+
+        AutoModelForCausalLM.register(Config, Model)
+        return Config(**{**SUPPORTED["llama"], "num_key_value_heads": 4})
+
+    assert [inspect_geometry(config(heads)).num_kv_heads for heads in (1, 2, 4)] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("arch", ["deepseek_v2", "deepseek_v3"])

@@ -216,9 +216,11 @@ def inspect_model(config: PretrainedConfig) -> ModelShape:
     Raises UnsupportedModelError naming the layer type when the model keeps other state than per-token keys and
     values, or attends in a way that this engine does not compute; CorruptModelError when it describes no model.
     """
-    text = _text_of(config)
     try:
-        return _inspect(config) if text is None else _inspected(_Described(text, config))
+        text = _text_of(config)
+        if text is None:
+            return _inspect(config)
+        return _inspected(_Described(text, type(config), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), config))
     except EmberError:
         raise
     except Exception as error:  # the architecture's own code, on unchecked values
@@ -229,9 +231,11 @@ def inspect_model(config: PretrainedConfig) -> ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """A config, equal to others of the same text."""
+    """A config, equal to others of the same text and classes."""
 
     text: str
+    config_class: type
+    model_class: object
     config: PretrainedConfig = field(compare=False)
 
 
@@ -244,7 +248,7 @@ def _text_of(config: PretrainedConfig) -> str | None:
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
     experts = getattr(config, "_experts_implementation_internal", None)  # `to_dict` leaves it out
-    return f"{type(config)} {experts!r} {text}"
+    return f"{experts!r} {text}"
 
 
 @lru_cache(maxsize=64)
