@@ -16,7 +16,7 @@ from emberkv.errors import ForeignBlockError
 from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
 from emberkv.tiers.codec import encode_record, verified_record
 from emberkv.tiers.disk.files import BlockFiles, parse_path, scan, verify
-from emberkv.tiers.manager import OffloadedBlock, TierManager
+from emberkv.tiers.manager import MOST_COUNTS, OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.partial import PartialIndex, PartialPlace
 from emberkv.tiers.shm.tier import LOCKED
@@ -126,6 +126,17 @@ def test_an_index_is_a_dictionary_that_knows_what_follows_what(
             assert (set(found), len(found)) == (expected, len(expected))
     index.clear()
     assert (len(index), index.removed_with(parents), index.counts(b"\0")) == (0, [], [])
+
+
+def test_the_number_of_tokens_that_came_last_is_the_last_one() -> None:
+    index = PartialIndex()
+    for number, count in enumerate([3, 2, 1, 3]):
+        index.add(bytes([number]), PartialPlace(IDS[0], IDS[0], count))
+    assert index.counts(IDS[0]) == [2, 1, 3]
+    index.discard(bytes([0]))
+    assert index.counts(IDS[0]) == [2, 1, 3]
+    index.discard(bytes([3]))
+    assert index.counts(IDS[0]) == [2, 1]
 
 
 @keeping
@@ -316,6 +327,20 @@ def test_the_longest_is_found_from_the_fastest_tier_that_has_it() -> None:
     assert search(manager, wanted=PRIVATE) == StoredPartial("slow", hash_of(PRIVATE), 3, None)
     other = manager.find_partial(IDS[0], lambda: bytes(12), range(1, 4))
     assert (other, tiers[1].queries) == (None, [])
+
+
+def test_a_search_looks_at_the_lengths_that_fit_and_came_last() -> None:
+    """The longest came first; those that do not fit come last, and do not count."""
+    tier = MemoryTier(LARGE)
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE, start=False)
+    most = MOST_COUNTS + 1
+    for count in [*range(most, 0, -1), *range(most + 1, most + 9)]:
+        tier.store([entry_of(checkpoint(BLOCKS[0], count))])
+    longest = checkpoint(BLOCKS[0], most)
+    found = search(manager, range(1, most + 1), longest)
+    assert found is not None
+    assert found.count == MOST_COUNTS
+    assert search(manager, range(2, most + 1), longest) == StoredPartial("ram", hash_of(longest), most, None)
 
 
 def test_it_comes_up_behind_a_full_block_and_goes_into_the_faster_tiers_that_keep_any() -> None:

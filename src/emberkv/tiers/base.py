@@ -133,7 +133,9 @@ class Tier(Protocol):
         return []
 
     def partial_counts(self, parent: bytes) -> list[int]:
-        """The numbers of tokens that partial blocks with this parent have, as far as they may be here. No I/O."""
+        """The numbers of tokens that partial blocks with this parent have, as far as they may be here; the one that
+        came last is the last. No I/O.
+        """
         return []
 
     def partial_place(self, block_hash: bytes) -> PartialPlace | None:

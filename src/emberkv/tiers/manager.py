@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from emberkv.core.events import Event
@@ -32,6 +33,10 @@ from emberkv.tiers.stats import StackStats, TierMeter, TierStats
 from emberkv.tiers.worker import EventHook, ReadResult, TierWorker
 
 logger = logging.getLogger(__name__)
+
+MOST_COUNTS = 32
+"""Of the numbers of tokens that a tier's partial blocks behind one block have, so many are looked at, those that came
+last: behind a system prompt that all requests share there are hundreds, and each one is a hash for each admission."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +170,17 @@ class TierManager:
 
     def find_partial(self, parent: bytes, tokens: Callable[[], bytes], counts: range) -> StoredPartial | None:
         """The longest partial block behind a full one that holds the first tokens of a prompt's next block, from the
-        fastest tier that has it. No I/O, and nothing is counted.
+        fastest tier that has it, among those of `MOST_COUNTS` lengths of each tier. No I/O, and nothing is counted.
 
         parent: see `PartialPlace`. tokens: makes the prompt's next tokens, encoded, at least as many as the largest of
         ``counts``, which are the numbers of tokens that it may have.
         """
         keeping = [worker for worker in self.workers if worker.tier.keeps_partial]
-        known = {count for worker in keeping for count in worker.tier.partial_counts(parent)}
-        wanted = [count for count in sorted(known, reverse=True) if count in counts]
+        known: set[int] = set()
+        for worker in keeping:
+            fitting = (count for count in reversed(worker.tier.partial_counts(parent)) if count in counts)
+            known.update(islice(fitting, MOST_COUNTS))
+        wanted = sorted(known, reverse=True)
         hashes = partial_hashes(parent, tokens(), wanted) if wanted else {}
         for count in wanted:
             block_hash = hashes[count]

@@ -4,7 +4,6 @@ A partial block has a hash of its own, which says neither what it follows nor ho
 it by both, and a removal names it by the block that it follows.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ class PartialIndex:
 
     def __init__(self) -> None:
         self._places: dict[bytes, PartialPlace] = {}
-        self._counts: dict[bytes, Counter[int]] = {}  # of tokens, by parent
+        self._counts: dict[bytes, dict[int, int]] = {}  # by parent, how many have so many tokens
         self._named: dict[bytes, dict[bytes, None]] = {}  # by what names them in a removal
 
     def __len__(self) -> int:
@@ -48,7 +47,7 @@ class PartialIndex:
         return self._places.get(block_hash)
 
     def counts(self, parent: bytes) -> list[int]:
-        """The numbers of tokens that partial blocks with this parent have, each once."""
+        """The numbers of tokens that partial blocks with this parent have, each once; that entered last is the last."""
         return list(self._counts.get(parent, ()))
 
     def removed_with(self, block_hashes: Iterable[bytes]) -> list[bytes]:
@@ -60,7 +59,8 @@ class PartialIndex:
     def add(self, block_hash: bytes, place: PartialPlace) -> None:
         """Enter one that is not entered yet."""
         self._places[block_hash] = place
-        self._counts.setdefault(place.parent, Counter())[place.count] += 1
+        counts = self._counts.setdefault(place.parent, {})
+        counts[place.count] = counts.pop(place.count, 0) + 1
         for name in place.removed_by():
             self._named.setdefault(name, {})[block_hash] = None
 
