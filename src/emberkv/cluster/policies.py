@@ -269,7 +269,7 @@ class ExpectedTtft(RoutingPolicy):
     follows_requests = True
     order: ClassVar[Order] = Order.RING
 
-    def __init__(self, *, compute_weight: float = 2.0, spread: float = 0.5, tie: float = 0.03) -> None:
+    def __init__(self, *, compute_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03) -> None:
         if compute_weight < 0 or not 0 <= spread <= 1 or tie < 0:
             raise ConfigError(
                 f"compute_weight is {compute_weight}, spread {spread}, tie {tie}: use at least 0, for spread at most 1"
