@@ -57,8 +57,8 @@ class Driver:
     shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once, of
     ``least_shared`` tokens.
     mixed_steps: those that both decoded and prefilled.
-    executor: one that is made already, of the same model and kernels, whose blocks no other driver uses any more. They
-    are filled with other values, so that a block that is not written does not pass for one that is.
+    executor: one that is made already, of the same model and kernels, whose blocks no other driver uses any more. Their
+    keys and values are filled with others, so that a block that is not written does not pass for one that is.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Driver:
         self.root = root_hash(loaded.fingerprint, block_size)
         self.executor = executor or _engine(loaded, num_blocks, block_size, kernels)
         if executor is not None:
-            executor.pool.blocks.view(torch.uint8).fill_(STALE_BYTE)
+            executor.pool.storage.view(torch.uint8).fill_(STALE_BYTE)
         self.pool = BlockPool(num_blocks, block_size)
         alignment, batch_invariant = self.executor.alignment, self.executor.batch_invariant
         self.cache = PrefixCache(
