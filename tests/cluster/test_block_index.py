@@ -139,6 +139,15 @@ def test_what_one_replica_stored_in_a_shared_tier_all_have_that_share_it() -> No
     assert (index.matches(HASHES, 4), len(index)) == ([{}] * 4, 0)
 
 
+def test_tiers_keep_their_names_beside_one_that_was_shared_and_has_no_blocks() -> None:
+    index = BlockIndex()
+    index.add(0, HASHES[:1])
+    index.add(0, HASHES[1:3], "disk")
+    index.share(0, {"shm": b"host"})
+    index.share(0, {})
+    assert index.matches(HASHES, 1) == [{POOL: 1, "disk": 2}]
+
+
 def test_a_tier_that_a_replica_shares_from_now_on_was_its_own_before() -> None:
     index = BlockIndex()
     index.add(0, HASHES[:2], "shm")

@@ -260,9 +260,9 @@ class BlockIndex:
 
     def _one_word_of_each_tier(self) -> list[int]:
         """The numbers of the tiers' words where these say all that `_holders` does; else empty."""
-        if self._apart or self._shared or len(self._words) > len(self._tiers):
-            return []
-        return [self._words[tier, 0] for tier in self._tiers if (tier, 0) in self._words]
+        numbers = [self._words[tier, 0] for tier in self._tiers if (tier, 0) in self._words]
+        is_all = len(numbers) == len(self._tiers) == len(self._words)
+        return numbers if is_all and not (self._apart or self._shared) else []
 
     def _holders(self, words: Sequence[int], shared: Mapping[int, tuple[str, int]]) -> list[int]:
         """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row. shared: see
