@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -153,20 +154,10 @@ async def test_a_server_is_read_again_when_a_workers_events_were_lost() -> None:
         assert worker.scans == ["remote", "remote"]
 
 
+@pytest.mark.parametrize("stored", [None, [None]], ids=["no answer", "a fault in what the worker sends"])
 @on_a_loop
-async def test_a_server_that_did_not_answer_is_read_when_it_does() -> None:
-    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
-        async with followed(worker) as membership:
-            await until(lambda: len(worker.scans) > 1)
-            worker.stored = BLOCKS
-            await until(lambda: known(membership, 1) == [{"remote": 3}])
-
-
-@on_a_loop
-async def test_a_fault_in_what_a_worker_sends_does_not_end_that_the_server_is_read() -> None:
-    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=[None])  # type: ignore[list-item]
+async def test_a_server_that_could_not_be_read_is_read_when_it_can(stored: Any) -> None:
+    worker = FakeWorker("a", shared_tiers={"remote": STORE}, stored=stored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("emberkv.cluster.membership.RETRY_SECONDS", 0.0)
         async with followed(worker) as membership:

@@ -157,12 +157,12 @@ class GenerationRequest:
 
     salt: bytes mixed into the block hashes of the prompt's blocks from where its public beginning ends; only equal
     salts share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants. session_id:
-    groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
-    how many are to be evicted only after others for ``retain_seconds``, as far as there is room. allowed_tokens: which
-    tokens its answer may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can;
-    "": any. seq_id: of a sequence whose keys and values are asked for later, by the tenant and this id; "": of none.
-    borders: the numbers of tokens behind which other prompts are expected to part from this one, such as that of its
-    system prompt. Engines whose hits end at checkpoints may leave one there.
+    groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: the number of
+    leading prompt tokens whose blocks are retained: for ``retain_seconds`` the cache evicts other blocks first, while
+    there are any. allowed_tokens: which tokens its answer may have; None: all. worker: of a cluster, the id of the one
+    that is to compute it, while it can; "": any. seq_id: of a sequence whose keys and values are asked for later, by
+    the tenant and this id; "": of none. borders: the numbers of tokens behind which other prompts are expected to part
+    from this one, such as that of its system prompt. Engines whose hits end at checkpoints may leave one there.
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.

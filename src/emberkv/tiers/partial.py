@@ -47,7 +47,9 @@ class PartialIndex:
         return self._places.get(block_hash)
 
     def counts(self, parent: bytes) -> list[int]:
-        """The numbers of tokens that partial blocks with this parent have, each once; that entered last is the last."""
+        """The numbers of tokens that partial blocks with this parent have, each once, in the order of the latest `add`
+        of each.
+        """
         return list(self._counts.get(parent, ()))
 
     def removed_with(self, block_hashes: Iterable[bytes]) -> list[bytes]:
