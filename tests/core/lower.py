@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 
-from emberkv.core.hashing import BlockHash, Chain, partial_hash
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
 from emberkv.core.loading import BlockRun, LookupStatus, StoredPartial
 
 
@@ -12,7 +12,7 @@ from emberkv.core.loading import BlockRun, LookupStatus, StoredPartial
 class FakeTiers:
     """places: the tier and exactness of each block, of partial ones too. block_seconds: by tier; token_seconds: of
     computing.
-    pending: blocks of which a tier cannot tell whether it has them.
+    pending: blocks of which a tier cannot tell whether it has them. public: partial blocks of public prefixes.
     """
 
     places: dict[BlockHash, tuple[str, bool]] = field(default_factory=dict)
@@ -20,6 +20,7 @@ class FakeTiers:
     token_seconds: float | None = None
     asked: int = 0
     pending: set[BlockHash] = field(default_factory=set)
+    public: set[BlockHash] = field(default_factory=set)
 
     def put(self, block_hashes: Sequence[BlockHash], tier: str = "disk", *, exact: bool = True) -> None:
         self.places.update((block_hash, (tier, exact)) for block_hash in block_hashes)
@@ -29,6 +30,8 @@ class FakeTiers:
         start = position * tokens.block_size
         block_hash = partial_hash(tokens.parent(position), tokens.encoded_slice(start, start + count))
         self.put([block_hash], tier)
+        if tokens.owner(position) == PUBLIC_OWNER:
+            self.public.add(block_hash)
         return block_hash
 
     def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
@@ -47,11 +50,13 @@ class FakeTiers:
 
     def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
         start = position * chain.block_size
-        for count in range(most, least - 1, -1):
-            block_hash = partial_hash(chain.parent(position), chain.encoded_slice(start, start + count))
+        own = chain.parent(position)
+        parents = dict.fromkeys((own, chain.unsalted_parent(position)))
+        for count, parent in product(range(most, least - 1, -1), parents):
+            block_hash = partial_hash(parent, chain.encoded_slice(start, start + count))
             tier, _ = self.places.get(block_hash, ("", False))
-            if tier:
-                return StoredPartial(tier, block_hash, count, self._seconds(tier, 1))
+            if tier and (parent == own or block_hash in self.public):
+                return StoredPartial(tier, block_hash, count, self._seconds(tier, 1), public=parent != own)
         return None
 
     def _seconds(self, tier: str, count: int) -> float | None:

@@ -9,9 +9,10 @@ import pytest
 
 from emberkv.core.block import Block, MatchEnd
 from emberkv.core.explaining.explain import look_up
-from emberkv.core.hashing import TokenChain, partial_siblings_hash
+from emberkv.core.hashing import PUBLIC_OWNER, TokenChain, partial_siblings_hash
 from emberkv.core.loading import Admission, Load, LoadChoice, StoredPartial
 from emberkv.core.pending_loads import PROBE_EVERY
+from emberkv.core.sequence import Sequence
 from tests.core.harness import Harness, chain, root
 from tests.core.lower import FakeTiers
 
@@ -231,13 +232,59 @@ def test_a_removal_keeps_one_on_its_way_from_arriving(named: str) -> None:
     assert dict(sequence.tier_tokens) == {}
 
 
-def test_a_removal_of_the_public_block_before_it_takes_a_tenant_s_along() -> None:
-    """And one that names the public prefix's own partial blocks does not."""
-    prompt = TokenChain(root(SIZE), range(14), SIZE, salt=b"tenant", public_blocks=1)
-    load = Load(prompt, 0, [], [Block(0), Block(1)], None, StoredPartial("disk", bytes(32), 5, None))
+def tenant(name: str, tokens: Iterable[int], public_blocks: int) -> TokenChain:
+    return TokenChain(root(SIZE), tokens, SIZE, owner=name, salt=name.encode(), public_blocks=public_blocks)
+
+
+@pytest.mark.parametrize("is_public", [False, True])
+def test_a_removal_of_the_public_block_before_one_takes_it_along(is_public: bool) -> None:
+    """One that names the partial blocks behind it takes those of the tenant, or those of the public prefix."""
+    prompt = tenant("ann", range(14), 1)
+    partial = StoredPartial("disk", bytes(32), 5, None, public=is_public)
+    load = Load(prompt, 0, [], [Block(0), Block(1)], None, partial)
     public, private = prompt.unsalted_parent(1), prompt.parent(1)
     names = [public, partial_siblings_hash(private), partial_siblings_hash(public), private]
-    assert [load.partial_is_removed_with({each}) for each in names] == [True, True, False, False]
+    assert [load.partial_is_removed_with({each}) for each in names] == [True, not is_public, is_public, False]
+
+
+def test_a_public_prefix_s_is_loaded_where_a_prompt_becomes_private_and_stays_public() -> None:
+    tiers, whole = FakeTiers(), tenant("ann", range(20), 2)
+    tiers.put(whole.block_hashes[:1])
+    checkpoint = tiers.put_partial(whole, 1, 5)
+    harness = engine(tiers)
+    sequence = Sequence("a", tenant("bob", range(14), 1), 1)
+    harness.scheduler.add(sequence)
+    load = begin(harness)
+    assert load.partial == StoredPartial("disk", checkpoint, 5, None, public=True)
+    harness.arrive(load)
+    (chunk,) = harness.scheduler.schedule().prefills
+    assert (load.partial_arrived, chunk.start, dict(sequence.tier_tokens)) == (True, 13, {"disk": 13})
+    assert chunk.copy is not None
+    block = chunk.copy.source
+    assert (block.block_hash, block.owner) == (checkpoint, PUBLIC_OWNER)
+    assert (block.parent, block.previous) == (whole.block_hashes[0], whole.block_hashes[0])
+    others = tenant("carl", range(15), 1)
+    assert harness.cache.longest_child(others, 1) == (block, 5)
+    assert harness.pool.remove([partial_siblings_hash(whole.block_hashes[0])]) == 0
+    assert harness.cache.longest_child(others, 1) is None
+
+
+def test_a_public_prefix_s_that_is_loaded_takes_the_place_of_no_tenant_s() -> None:
+    """But of a shorter one of the same prefix."""
+    tiers, whole, prompt = FakeTiers(), tenant("ann", range(20), 2), tenant("bob", range(15), 1)
+    checkpoint = tiers.put_partial(whole, 1, 6)
+    harness = engine(tiers, branch_tokens=4)
+    pool, kept = harness.pool, []
+    for each, count in ((whole, 2), (prompt, 3)):
+        source = pool.allocate(1)
+        assert pool.commit_partial(source[0], each, 1, count)
+        pool.free(source)
+        kept.append(source[0].block_hash)
+    blocks = pool.reserve_for_load(1)
+    load = Load(prompt, 1, [], blocks, None, tiers.find_partial(prompt, 1, 1, 6))
+    assert load.partial is not None
+    assert pool.complete_partial_load(load, load.partial, arrived=True)
+    assert [pool.lookup(each) is not None for each in (*kept, checkpoint) if each] == [False, True, True]
 
 
 def test_where_a_sequence_has_left_it_meanwhile_no_second_one_is_kept() -> None:

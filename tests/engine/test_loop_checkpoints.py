@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from emberkv.core.hashing import TokenChain, partial_hash
+from emberkv.core.hashing import PUBLIC_OWNER, PublicPrefixes, TokenChain, partial_hash, partial_siblings_hash
 from emberkv.core.sequence import StepPlan
 from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage, FinishReason
@@ -42,8 +42,8 @@ class Hybrid(Harness):
         self.link = TierLink(self.stack, self.bytes, step_tokens=16)
         super().__init__(tiers=self.link, batch_invariant=True, within_blocks=False, branch_tokens=2, **how)
 
-    def ask(self, request_id: str, prompt: Sequence[int]) -> Inbox:
-        inbox = self.submit(request_id, prompt, 1)
+    def ask(self, request_id: str, prompt: Sequence[int], tenant: str = "") -> Inbox:
+        inbox = self.submit(request_id, prompt, 1, salt=tenant.encode(), tenant=tenant)
         inbox.wait()
         return inbox
 
@@ -66,6 +66,30 @@ def test_the_next_engine_on_the_tier_goes_on_from_the_checkpoint() -> None:
     assert {output.usage for output in inbox.outputs} == {CacheUsage(9, 7, 1, {"ram": 7})}
     stats = second.loop.stats()
     assert (stats.loaded_blocks, stats.checkpoints["loaded"], dict(stats.transfer_errors)) == (1, 1, {})
+
+
+def test_all_tenants_go_on_from_one_within_a_public_prefix_until_it_is_removed() -> None:
+    """Declared prefixes part within their second block; what a tenant leaves there itself is not found by another."""
+    declared = [[*range(2, 14)], [*range(2, 9), *range(20, 25)]]
+    public = PublicPrefixes(declared, BLOCK)
+    tier = MemoryTier(2**20)
+    with hybrid(tier, public=public) as first:
+        for tenant, tokens in zip(("ann", "bob"), declared, strict=True):
+            first.ask(tenant, [*tokens, 30], tenant)
+        first.ask("carl", [*range(2, 8), 45], "carl")
+    assert tier.partial_counts(FIRST) == [3]
+    checkpoint = partial_hash(FIRST, TokenChain(ROOT, declared[0], BLOCK).encoded_slice(4, 7))
+    assert tier.partial_owner(checkpoint) == PUBLIC_OWNER
+    with hybrid(tier, public=public) as second:
+        inbox = second.ask("dora", [*range(2, 9), 40, 41, 42], "dora")
+        assert {output.usage for output in inbox.outputs} == {CacheUsage(10, 7, 1, {"ram": 7})}
+        assert second.loop.stats().checkpoints["loaded"] == 1
+        second.loop.execute(Remove([partial_siblings_hash(FIRST)])).result(DEADLINE)
+        inbox = second.ask("emil", [*range(2, 8), 45, 46, 47], "emil")
+        assert {output.usage for output in inbox.outputs} == {CacheUsage(9, 4, 4, {})}
+        inbox = second.ask("fred", [*range(2, 9), 40, 41, 42], "fred")
+        assert {output.usage for output in inbox.outputs} == {CacheUsage(10, 4, 4, {})}
+    assert tier.partial_counts(FIRST) == []
 
 
 def test_what_the_pool_serves_of_one_is_as_recent_in_the_tiers() -> None:

@@ -155,6 +155,15 @@ def test_one_is_found_by_its_parent_and_is_in_no_list(make_tier: MakeTier) -> No
 
 
 @keeping
+def test_it_says_whose_one_is(make_tier: MakeTier) -> None:
+    tier = ready(make_tier())
+    tier.store([*ENTRIES[:1], entry_of(SHORT), replace(entry_of(LONG), owner="ann")])
+    assert [tier.partial_owner(hash_of(each)) for each in (SHORT, LONG, PRIVATE)] == ["", "ann", None]
+    tier.remove([hash_of(LONG)])
+    assert tier.partial_owner(hash_of(LONG)) is None
+
+
+@keeping
 def test_bytes_count_it_and_it_is_evicted_in_its_turn(make_tier: MakeTier) -> None:
     size = contract.block_bytes(make_tier)
     tier = ready(make_tier(3))
@@ -327,6 +336,20 @@ def test_the_longest_is_found_from_the_fastest_tier_that_has_it() -> None:
     assert search(manager, wanted=PRIVATE) == StoredPartial("slow", hash_of(PRIVATE), 3, None)
     other = manager.find_partial(IDS[0], lambda: bytes(12), range(1, 4))
     assert (other, tiers[1].queries) == (None, [])
+
+
+def test_a_search_for_an_owner_s_finds_no_other_s() -> None:
+    tiers = MemoryTier(LARGE, name="fast"), MemoryTier(LARGE, name="slow")
+    manager = TierManager(tiers, namespace=NAMESPACE, queue_bytes=LARGE, start=False)
+    tiers[0].store([entry_of(LONG), entry_of(SHORT)])
+    tiers[1].store([replace(entry_of(SHORT), owner="ann")])
+
+    def found(owner: str) -> StoredPartial | None:
+        return manager.find_partial(IDS[0], lambda: LONG.record.tokens, range(1, 4), owner=owner)
+
+    assert found("") == StoredPartial("fast", hash_of(LONG), 3, None)
+    assert found("ann") == StoredPartial("slow", hash_of(SHORT), 2, None)
+    assert found("bob") is None
 
 
 def test_a_search_looks_at_the_lengths_that_fit_and_came_last() -> None:

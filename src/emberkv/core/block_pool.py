@@ -12,8 +12,9 @@ from emberkv.core.cached_blocks import BlockCost, CachedBlocks, uniform_cost
 from emberkv.core.checkpoints import CheckpointKind, SpeculativeCheckpoints
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.loading import Load, StoredPartial
 from emberkv.core.policies.eviction import LRU, EvictionPolicy
-from emberkv.core.pool_laws import broken_laws
+from emberkv.core.pool_laws import broken_laws, require_allocated
 from emberkv.core.stats import SchedulerStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
@@ -151,21 +152,21 @@ class BlockPool:
         can go on behind these tokens from a cached block; a partial block that they go on from is forgotten, unless it
         is to be kept. kind: why it is kept itself when it is extended; None: it is not. Needs `index_children`.
         """
-        committed = self._commit_partial(block, chain, position, count, kind)
+        committed = self._commit_partial(block, chain, position, count, kind, public=False)
         if committed and kind in (None, CheckpointKind.BRANCH):  # any other once it is used
             self._record_checkpoint(block)
         return committed
 
     def _commit_partial(
-        self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None
+        self, block: Block, chain: Chain, position: int, count: int, kind: CheckpointKind | None, *, public: bool
     ) -> bool:
-        _require_allocated(block)
+        require_allocated(block)
         if self.cached.known_partial(chain, position, count) is not None:
             return False
         start = position * self.block_size
-        shorter = self.cached.partial_prefix(chain, start, start + count)
+        shorter = self.cached.partial_prefix(chain, start, start + count, public=public)
         block.state = BlockState.COMMITTED
-        self.cached.enter_partial(block, chain, position, count, keep=kind is not None)
+        self.cached.enter_partial(block, chain, position, count, keep=kind is not None, public=public)
         if kind is not None and kind is not CheckpointKind.BRANCH:
             self.speculative.add(block, kind)
         if shorter is not None:
@@ -287,7 +288,7 @@ class BlockPool:
         If the block hash is known already, the known block is kept and ours freed, unless ours is exact and the known
         one is not: then ours takes the place. If the known one has other tokens, ours stays private.
         """
-        _require_allocated(block)
+        require_allocated(block)
         kept = self._commit(block, chain, position, exact)
         if self.cached.keeps_journal:
             self.cached.record_committed(block)
@@ -386,14 +387,17 @@ class BlockPool:
         self.free(held)
         return count
 
-    def complete_partial_load(self, block: Block, chain: Chain, position: int, count: int, *, arrived: bool) -> bool:
-        """As `complete_load`, of a block that holds the first ``count`` tokens of block ``position`` of ``chain``.
+    def complete_partial_load(self, load: Load, partial: StoredPartial, *, arrived: bool) -> bool:
+        """As `complete_load`, of a load's last block, which is ``partial``.
 
         arrived: its content is in place and exact. Whether it is found now, and no other block in its stead.
         """
+        block = load.blocks[-1]
         is_wanted = arrived and block.state is BlockState.PENDING
         block.state = BlockState.ALLOCATED
-        found = is_wanted and self._commit_partial(block, chain, position, count, None)
+        found = is_wanted and self._commit_partial(
+            block, load.chain, load.stop, partial.count, None, public=partial.public
+        )
         self.free([block])
         return found
 
@@ -491,8 +495,3 @@ class BlockPool:
             broken.append("a speculative checkpoint is not cached, or what is cached counts as evicted")
         if broken:
             raise IntegrityError("; ".join(broken[:5]))
-
-
-def _require_allocated(block: Block) -> None:
-    if block.state is not BlockState.ALLOCATED:
-        raise IntegrityError(f"block {block.block_id} is {block.state.value}; only an allocated block can be committed")

@@ -210,8 +210,9 @@ class CachedBlocks:
         """Whether a cached block, full or partial, follows a block or a root. False without `index_children`."""
         return self.children is not None and self.children.has(block_hash)
 
-    def partial_prefix(self, chain: Chain, start: int, stop: int) -> Block | None:
-        """A cached partial block all of whose tokens are the first of ``[start, stop)``; the longest.
+    def partial_prefix(self, chain: Chain, start: int, stop: int, *, public: bool = False) -> Block | None:
+        """A cached partial block all of whose tokens are the first of ``[start, stop)``; the longest. public: see
+        `enter_partial`.
 
         Unless blocks are copied whole there is at most one, just before these tokens in order: no cached partial block
         is the beginning of another exact one.
@@ -220,7 +221,7 @@ class CachedBlocks:
         if self.children is None or chain.unsalted_parent(index) not in self._partial:
             return None
         if self.copied_whole:
-            return self._longest_prefix(chain.parent(index), chain, start, stop)
+            return self._longest_prefix(_parent(chain, index, public=public), chain, start, stop)
         for child in self.children.neighbours(chain.parent(index), chain.encoded_slice(start, stop)):
             if child.partial and chain.common_tokens(start, stop, child.tokens) >= child.num_tokens:
                 return child
@@ -254,20 +255,22 @@ class CachedBlocks:
             for block, block_hash in zip(blocks, block_hashes, strict=True):
                 self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), size))
 
-    def enter_partial(self, block: Block, chain: Chain, position: int, count: int, *, keep: bool) -> None:
+    def enter_partial(
+        self, block: Block, chain: Chain, position: int, count: int, *, keep: bool, public: bool = False
+    ) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
 
         It makes no event, neither now nor when it is evicted: subscribers track full blocks only. keep: see
-        `Block.keep_when_extended`.
+        `Block.keep_when_extended`. public: it is a public prefix's, though ``chain`` may be private from there on.
         """
         start = position * chain.block_size
         block.tokens = chain.encoded_slice(start, start + count)
         block.num_tokens = count
         block.partial, block.keep_when_extended = True, keep
-        block.parent = chain.parent(position)
+        block.parent = _parent(chain, position, public=public)
         block.previous = chain.unsalted_parent(position)
         block.position = position
-        block.owner = chain.owner(position)
+        block.owner = PUBLIC_OWNER if public else chain.owner(position)
         block.exact = True
         block.block_hash = block_hash = partial_hash(block.parent, block.tokens)
         self.index[block_hash] = block
@@ -378,3 +381,8 @@ class CachedBlocks:
         self._speculative.discard(block)
         block.partial = block.keep_when_extended = block.retained = False
         block.previous = b""
+
+
+def _parent(chain: Chain, position: int, *, public: bool) -> BlockHash:
+    """Of a partial block. public: see `CachedBlocks.enter_partial`."""
+    return chain.unsalted_parent(position) if public else chain.parent(position)

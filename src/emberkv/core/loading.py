@@ -75,13 +75,15 @@ class BlockRun:
 @dataclass(frozen=True, slots=True)
 class StoredPartial:
     """A partial block that a tier has, all of whose tokens are the next ones of a prompt. count: its tokens. seconds:
-    expected time to load it; None before any was measured.
+    expected time to load it; None before any was measured. public: it is a public prefix's, and the prompt becomes
+    private with this block.
     """
 
     tier: str
     block_hash: BlockHash
     count: int
     seconds: float | None
+    public: bool = False
 
 
 class LookupStatus(Enum):
@@ -108,8 +110,8 @@ class LowerTiers(Protocol):
 
     def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
         """The longest partial block that holds the first tokens of block ``position`` of ``chain``, from ``least`` to
-        ``most`` of them; from the fastest tier that has it. All are exact. Tiers without an index in memory are not
-        asked.
+        ``most`` of them; from the fastest tier that has it. All are exact. Where the chain becomes private there, a
+        public prefix's count, too. Tiers without an index in memory are not asked.
         """
         ...
 
@@ -188,12 +190,18 @@ class Load:
         full = self.chain.block_hashes[self.start : self.stop]
         return full if self.partial is None else [*full, self.partial.block_hash]
 
+    @property
+    def partial_parent(self) -> BlockHash:
+        """Of the partial block, if there is one."""
+        is_public = self.partial is not None and self.partial.public
+        return self.chain.unsalted_parent(self.stop) if is_public else self.chain.parent(self.stop)
+
     def partial_is_removed_with(self, block_hashes: Container[BlockHash]) -> bool:
         """Whether a removal of these blocks takes the partial one along: its own hash aside."""
         if self.partial is None:
             return False
-        previous, parent = self.chain.unsalted_parent(self.stop), self.chain.parent(self.stop)
-        return previous in block_hashes or partial_siblings_hash(parent) in block_hashes
+        previous = self.chain.unsalted_parent(self.stop)
+        return previous in block_hashes or partial_siblings_hash(self.partial_parent) in block_hashes
 
     def tiers(self, start: int, stop: int) -> dict[str, int]:
         """How many of the blocks of ``[start, stop)`` that arrived came from which tier."""

@@ -203,9 +203,7 @@ class PendingLoads:
         load.arrived = pool.complete_load(load.blocks[:full], load.chain, load.start, exact[:full])
         if load.partial is not None:
             arrived = load.arrived == full and len(exact) > full and exact[full]
-            load.partial_arrived = pool.complete_partial_load(
-                load.blocks[full], load.chain, load.stop, load.partial.count, arrived=arrived
-            )
+            load.partial_arrived = pool.complete_partial_load(load, load.partial, arrived=arrived)
             pool.stats.loaded_checkpoints += load.partial_arrived
             if not load.partial_arrived and pool.lookup(load.partial.block_hash) is None:
                 pool.stats.unloaded_checkpoints += 1

@@ -1,4 +1,4 @@
-"""The laws that blocks, the index and the eviction policy of a pool keep, for `BlockPool.check_integrity`."""
+"""The laws that blocks, the index and the eviction policy of a pool keep, for `BlockPool`."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,6 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from emberkv.core.block import Block, BlockState
 from emberkv.core.cached_blocks import ChildIndex
 from emberkv.core.hashing import BlockHash
+from emberkv.errors import IntegrityError
+
+
+def require_allocated(block: Block) -> None:
+    """Raise IntegrityError for a block that must not be committed."""
+    if block.state is not BlockState.ALLOCATED:
+        raise IntegrityError(f"block {block.block_id} is {block.state.value}; only an allocated block can be committed")
 
 
 def broken_laws(

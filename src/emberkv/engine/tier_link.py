@@ -8,12 +8,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from emberkv.core.block import Block
 from emberkv.core.events import Event
-from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain
 from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, LowerTiers, PendingLookup, StoredPartial
 from emberkv.engine.executor import KVStorage
 from emberkv.tiers.codec import BlockRecord
@@ -104,9 +104,17 @@ class TierLink:
 
     def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
         first = position * chain.block_size
-        return self.manager.find_partial(
-            chain.parent(position), lambda: chain.encoded_slice(first, first + most), range(least, most + 1)
-        )
+        parent, public_parent = chain.parent(position), chain.unsalted_parent(position)
+
+        def tokens() -> bytes:
+            return chain.encoded_slice(first, first + most)
+
+        found = self.manager.find_partial(parent, tokens, range(least, most + 1))
+        if public_parent == parent:
+            return found
+        longer = range(least if found is None else found.count + 1, most + 1)
+        public = self.manager.find_partial(public_parent, tokens, longer, owner=PUBLIC_OWNER)
+        return found if public is None else replace(public, public=True)
 
     @property
     def peeking(self) -> LowerTiers:
@@ -161,8 +169,7 @@ class TierLink:
         seconds = FIRST_LOAD_SECONDS if load.break_even_seconds is None else load.break_even_seconds
         place = None
         if load.partial is not None:
-            chain, position = load.chain, load.stop
-            place = PartialPlace(chain.parent(position), chain.unsalted_parent(position), load.partial.count)
+            place = PartialPlace(load.partial_parent, load.chain.unsalted_parent(load.stop), load.partial.count)
         began = self._clock()
         onboarding = self.manager.onboard(list(load.block_hashes), load.all_runs, done, partial=place)
         self._pending[load] = _PendingLoad(load, onboarding, began, began + seconds)
@@ -291,12 +298,14 @@ class TierLink:
     def _is_wanted(self, load: Load, position: int, record: BlockRecord) -> bool:
         chain, partial = load.chain, load.partial
         if position < load.stop or partial is None:
-            block_hash, tokens = chain.block_hashes[position], chain.block_tokens(position)
+            block_hash, parent = chain.block_hashes[position], chain.parent(position)
+            tokens = chain.block_tokens(position)
         else:
             first = position * chain.block_size
-            block_hash, tokens = partial.block_hash, chain.encoded_slice(first, first + partial.count)
+            block_hash, parent = partial.block_hash, load.partial_parent
+            tokens = chain.encoded_slice(first, first + partial.count)
         found = (record.block_hash, record.parent, record.position, record.tokens, record.partial)
-        if found != (block_hash, chain.parent(position), position, tokens, position == load.stop):
+        if found != (block_hash, parent, position, tokens, position == load.stop):
             self._count("tokens", 1)
         elif len(record.payload) != self._blocks.block_bytes:
             self._count("size", 1)

@@ -84,8 +84,9 @@ class Tier(Protocol):
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
 
-    keeps_partial: whether it stores partial blocks; other tiers inherit `partial_counts` and `partial_place` and are
-    given none. A partial block is stored, loaded, touched and evicted like any other, by its own hash.
+    keeps_partial: whether it stores partial blocks; other tiers inherit `partial_counts`, `partial_place` and
+    `partial_owner` and are given none. A partial block is stored, loaded, touched and evicted like any other, by its
+    own hash.
 
     is_scanned: whether `scan` reads the blocks of a tier whose `block_hashes` are empty.
 
@@ -140,6 +141,10 @@ class Tier(Protocol):
 
     def partial_place(self, block_hash: bytes) -> PartialPlace | None:
         """Where a partial block that is here lies; None for any other hash. No I/O."""
+        return None
+
+    def partial_owner(self, block_hash: bytes) -> str | None:
+        """Whose a partial block is that is here; None for a hash that is not here. No I/O."""
         return None
 
     def scan(self, cursor: int) -> tuple[list[bytes], int | None]:

@@ -168,12 +168,14 @@ class TierManager:
         """Whether any tier stores partial blocks."""
         return any(worker.tier.keeps_partial for worker in self.workers)
 
-    def find_partial(self, parent: bytes, tokens: Callable[[], bytes], counts: range) -> StoredPartial | None:
+    def find_partial(
+        self, parent: bytes, tokens: Callable[[], bytes], counts: range, *, owner: str | None = None
+    ) -> StoredPartial | None:
         """The longest partial block behind a full one that holds the first tokens of a prompt's next block, from the
         fastest tier that has it, among those of `MOST_COUNTS` lengths of each tier. No I/O, and nothing is counted.
 
         parent: see `PartialPlace`. tokens: makes the prompt's next tokens, encoded, at least as many as the largest of
-        ``counts``, which are the numbers of tokens that it may have.
+        ``counts``, which are the numbers of tokens that it may have. owner: whose it has to be; None: anyone's.
         """
         keeping = [worker for worker in self.workers if worker.tier.keeps_partial]
         known: set[int] = set()
@@ -186,7 +188,8 @@ class TierManager:
             block_hash = hashes[count]
             for worker in keeping:
                 place = worker.tier.partial_place(block_hash)
-                if place is not None and worker.has(block_hash, exact=True, partial=place):
+                is_allowed = owner is None or worker.tier.partial_owner(block_hash) == owner
+                if place is not None and is_allowed and worker.has(block_hash, exact=True, partial=place):
                     return StoredPartial(worker.name, block_hash, count, worker.meter.seconds_for(1))
         return None
 

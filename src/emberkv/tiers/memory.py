@@ -138,6 +138,10 @@ class MemoryTier(Tier):
     def partial_place(self, block_hash: bytes) -> PartialPlace | None:
         return self._partial.place(block_hash)
 
+    def partial_owner(self, block_hash: bytes) -> str | None:
+        entry = self._entries.get(block_hash)
+        return None if entry is None else entry.owner
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         with self._lock:
             self._use(block_hashes)

@@ -42,12 +42,18 @@ class RecordingSampler(Sampler):
 
 @contextmanager
 def engine(
-    paged: ModelFactory, folder: Path | None, arch: str = "llama", *, sampler: Sampler | None = None, **change: object
+    paged: ModelFactory,
+    folder: Path | None,
+    arch: str = "llama",
+    *,
+    sampler: Sampler | None = None,
+    public_prefixes: Sequence[Sequence[int]] = (),
+    **change: object,
 ) -> Iterator[AssembledEngine]:
     """arch: with a type behind it, as in "llama bfloat16", where it is not float32."""
     tiers = TierConfig(configured_tiers(ram_bytes=0, folder=folder, disk_bytes=2**28))
     config = replace(CONFIG, **{"tiers": tiers, **change})  # type: ignore[arg-type]  # fields by name
-    made = assemble(paged(*arch.split()), config, sampler=sampler)
+    made = assemble(paged(*arch.split()), config, sampler=sampler, public_prefixes=public_prefixes)
     made.loop.start()
     try:
         yield made
@@ -56,10 +62,11 @@ def engine(
         made.scheduler.cache.pool.check_integrity(holders=[])
 
 
-def ask(made: AssembledEngine, prompt: list[int], new: int = 8, name: str = "") -> Inbox:
+def ask(made: AssembledEngine, prompt: list[int], new: int = 8, name: str = "", tenant: str = "") -> Inbox:
     inbox = Inbox()
     params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    made.loop.submit(GenerationRequest(name or f"{random.random()}", prompt, params), inbox)
+    request = GenerationRequest(name or f"{random.random()}", prompt, params, tenant.encode(), tenant=tenant)
+    made.loop.submit(request, inbox)
     return inbox
 
 
@@ -138,6 +145,32 @@ def test_after_a_restart_a_hybrid_goes_on_from_its_checkpoint_with_the_bits_of_a
     stats = second.loop.stats()
     assert (stats.loaded_blocks, stats.checkpoints.get("loaded", 0)) == (2, hit > 256)
     assert (dict(stats.tier_hit_tokens), dict(stats.transfer_errors)) == ({"disk": hit}, {})
+
+
+def test_after_a_restart_a_tenant_goes_on_from_a_public_checkpoint_with_the_bits_of_a_cold_run(
+    paged: ModelFactory, tmp_path: Path
+) -> None:
+    """Two public prefixes part behind 200 tokens, which are a block and 72."""
+    rng = random.Random(3)
+    common = text(rng, 200)
+    declared = [[*common, *text(rng, 184)] for _ in range(2)]
+    with engine(paged, tmp_path, "lfm2", public_prefixes=declared, **HYBRID) as first:
+        for tenant, tokens in zip(("ann", "bob"), declared, strict=True):
+            ask(first, [*tokens, 5], 1, tenant=tenant).wait()
+        hit = 200 if first.scheduler.cache.keeps_branches else 128
+    prompt = [*common, *text(rng, 20)]
+    sampler, reference = RecordingSampler(), RecordingSampler()
+    with engine(paged, tmp_path, "lfm2", sampler=sampler, public_prefixes=declared, **HYBRID) as second:
+        seems_slow(second)
+        warm = ask(second, prompt, tenant="carl")
+        assert usage(warm).tokens_by_tier == {"disk": hit}
+    with engine(paged, None, "lfm2", sampler=reference, **HYBRID) as plain:
+        cold = ask(plain, prompt)
+        assert usage(cold).cached_tokens == 0
+    assert warm.tokens == cold.tokens
+    assert len(sampler.logits) == len(reference.logits) == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    assert second.loop.stats().checkpoints.get("loaded", 0) == (hit > 128)
 
 
 def test_a_hybrid_s_checkpoint_goes_with_the_block_before_it_for_good(paged: ModelFactory, tmp_path: Path) -> None:

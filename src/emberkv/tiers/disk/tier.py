@@ -142,6 +142,10 @@ class DiskTier(Tier):
     def partial_place(self, block_hash: bytes) -> PartialPlace | None:
         return self._index.partial_of(self._namespace).place(block_hash)
 
+    def partial_owner(self, block_hash: bytes) -> str | None:
+        file = self._index.find(self._namespace + block_hash)
+        return None if file is None else file.owner
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         entries: dict[bytes, TierEntry] = {}
         for file, stamp in self._used(block_hashes):

@@ -143,6 +143,10 @@ class ShmTier(Tier):
     def partial_place(self, block_hash: bytes) -> PartialPlace | None:
         return self._partial.place(block_hash)
 
+    def partial_owner(self, block_hash: bytes) -> str | None:
+        held = self._index.get(block_hash)
+        return None if held is None else held.slot.owner
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         self.touch(block_hashes)
         return [self._load(block_hash) for block_hash in block_hashes]
