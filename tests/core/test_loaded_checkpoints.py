@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import pytest
 
 from emberkv.core.block import Block, MatchEnd
-from emberkv.core.explaining.explain import look_up
+from emberkv.core.explaining.explain import admission_outcome, explain, look_up
+from emberkv.core.explaining.explanation import CacheOutcome, Miss, MissReason
+from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import PUBLIC_OWNER, TokenChain, partial_siblings_hash
 from emberkv.core.loading import Admission, Load, LoadChoice, StoredPartial
 from emberkv.core.pending_loads import PROBE_EVERY
@@ -181,6 +183,27 @@ def test_where_it_does_not_arrive_the_hit_ends_at_the_block() -> None:
     assert (load.arrived, load.partial_arrived, sequence.cached_tokens) == (1, False, 8)
     stats = harness.pool.stats
     assert (stats.loaded_checkpoints, stats.checkpoints["not_loaded"], stats.unloaded_blocks) == (0, 1, 0)
+    assert sequence.admission == Admission(0, {"disk": 8}, MatchEnd.LIMIT, load_failed_tokens=5, partial_tokens=1)
+    outcome = admission_outcome(sequence.admission, 14)
+    explained = explain(Ledger(), chain(range(14), SIZE), outcome, hit_unit=SIZE, checkpoints=True)
+    expected = [Miss(MissReason.LOAD_FAILED, 8, 5), Miss(MissReason.PARTIAL, 13, 1)]
+    assert (explained.hit, list(explained.misses)) == ({"disk": 8}, expected)
+
+
+def test_sequences_that_wait_for_one_in_vain_account_for_it_if_it_is_theirs() -> None:
+    """All three have the first block in common, and two of them the checkpoint's tokens."""
+    tiers = stocked(range(14), 5)
+    harness = engine(tiers)
+    prompts = [range(14), [*range(13), 40, 41], [*range(8), *range(50, 56)]]
+    sequences = [harness.add(str(number), tokens) for number, tokens in enumerate(prompts)]
+    load = begin(harness)
+    tiers.places.popitem()
+    harness.arrive(load)
+    harness.finish()
+    assert dict(harness.pool.stats.load_choices) == {LoadChoice.LOAD: 1, LoadChoice.SHARED: 2}
+    expected = [Admission(0, {"disk": 8}, MatchEnd.LIMIT, load_failed_tokens=5, partial_tokens=left) for left in (1, 2)]
+    expected.append(Admission(0, {"disk": 8}, MatchEnd.LIMIT, partial_tokens=6))
+    assert [each.admission for each in sequences] == expected
 
 
 def test_one_that_is_declined_behind_cached_blocks_is_counted() -> None:
@@ -192,18 +215,32 @@ def test_one_that_is_declined_behind_cached_blocks_is_counted() -> None:
     sequence = harness.add("second", range(14))
     assert harness.step().loads == []
     assert harness.pool.stats.load_choices[LoadChoice.RECOMPUTE_CHEAPER] == 1
-    assert sequence.admission == Admission(9, {}, MatchEnd.LIMIT, partial_tokens=5)
+    assert sequence.admission == Admission(9, {}, MatchEnd.LIMIT, recompute_cheaper_tokens=4, partial_tokens=1)
     harness.finish()
+
+
+def test_one_that_is_declined_behind_loaded_blocks_is_accounted_for() -> None:
+    tiers = stocked(range(14), 5)
+    tiers.block_seconds, tiers.token_seconds = {"disk": 6.0}, 1.0
+    harness = engine(tiers)
+    sequence = harness.add("a", range(14))
+    load = begin(harness)
+    assert (load.num_full, load.partial) == (1, None)
+    harness.arrive(load)
+    harness.finish()
+    expected = Admission(0, {"disk": 8}, MatchEnd.LIMIT, recompute_cheaper_tokens=5, partial_tokens=1)
+    assert sequence.admission == expected
 
 
 def test_it_is_not_kept_where_a_block_before_it_does_not_arrive() -> None:
     harness = engine(stocked(range(14), 5))
-    harness.add("a", range(14))
+    sequence = harness.add("a", range(14))
     load = begin(harness)
     harness.scheduler.loaded(load, [])
     harness.check()
     assert harness.pool.num_evictable == 0
     harness.finish()
+    assert sequence.admission == Admission(0, {}, MatchEnd.ABSENT, load_failed_tokens=13, partial_tokens=1)
 
 
 @pytest.mark.parametrize("named", ["before", "siblings", "beside", "itself"])
@@ -349,7 +386,8 @@ def test_a_look_up_says_that_a_load_would_bring_it() -> None:
     prompt = chain(range(14), SIZE)
     harness = engine(stocked(range(14), 5))
     assert harness.lower is not None
-    assert look_up(harness.cache, harness.lower, prompt).hit == {"disk": 13}
+    assert look_up(harness.cache, harness.lower, prompt) == CacheOutcome({"disk": 13})
     harness.lower.token_seconds = 1.0
     harness.lower.block_seconds = {"disk": 6.0}
-    assert look_up(harness.cache, harness.lower, prompt).hit == {"disk": 8}
+    declined = {MissReason.RECOMPUTE_CHEAPER: 5}
+    assert look_up(harness.cache, harness.lower, prompt) == CacheOutcome({"disk": 8}, declined)

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Protocol
 
 from emberkv.core.block import Block, MatchEnd
-from emberkv.core.hashing import BlockHash, Chain, partial_siblings_hash
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_siblings_hash
 from emberkv.errors import ConfigError
 
 
@@ -196,6 +196,20 @@ class Load:
         is_public = self.partial is not None and self.partial.public
         return self.chain.unsalted_parent(self.stop) if is_public else self.chain.parent(self.stop)
 
+    def checkpoint_end(self, chain: Chain) -> int:
+        """Of the tokens of ``chain``, how many come before the end of the partial block, where a hit may end there; 0
+        where it may not, or there is no partial block.
+        """
+        if self.partial is None:
+            return 0
+        first, theirs, at = self.stop * chain.block_size, self.chain, self.stop
+        end = first + self.partial.count
+        if end >= len(chain) or chain.encoded_slice(first, end) != theirs.encoded_slice(first, end):
+            return 0
+        is_public = self.partial.public or theirs.owner(at) == PUBLIC_OWNER
+        parents = (chain.parent(at), chain.unsalted_parent(at)) if is_public else (chain.parent(at),)
+        return end if self.partial_parent in parents else 0
+
     def partial_is_removed_with(self, block_hashes: Container[BlockHash]) -> bool:
         """Whether a removal of these blocks takes the partial one along: its own hash aside."""
         if self.partial is None:
@@ -236,11 +250,14 @@ class PendingLookup:
 
 @dataclass(frozen=True, slots=True)
 class LoadWait:
-    """A sequence's part in a load: the load's blocks up to ``stop`` are the sequence's too."""
+    """A sequence's part in a load: the load's blocks up to ``stop`` are the sequence's too. checkpoint_end: as
+    `Load.checkpoint_end`, of the sequence's chain.
+    """
 
     load: Load
     stop: int
     choice: LoadChoice
+    checkpoint_end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +281,15 @@ class LoadDecision:
     """A decision. runs: what to load; empty unless ``choice`` is LOAD.
 
     declined: blocks that a hit could use, but computing them is cheaper. rounded: blocks that no hit could use.
+    checkpoint_end: of the prompt's tokens, how many come before the end of a checkpoint behind ``runs`` that a hit
+    could use, but computing is cheaper; 0: there is none.
     """
 
     choice: LoadChoice
     runs: list[BlockRun] = field(default_factory=list)
     declined: int = 0
     rounded: int = 0
+    checkpoint_end: int = 0
 
 
 NOTHING_BELOW = LoadDecision(LoadChoice.ABSENT)

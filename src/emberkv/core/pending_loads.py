@@ -2,6 +2,7 @@
 
 from collections import Counter, abc
 from collections.abc import Iterable
+from dataclasses import replace
 
 from emberkv.core.block import Match, MatchEnd
 from emberkv.core.hashing import BlockHash, Chain
@@ -58,7 +59,7 @@ class LoadSavings:
         """
         if not self._cache.keeps_branches or decision.choice not in (LoadChoice.LOAD, LoadChoice.ABSENT):
             return None, 0
-        position = self._first + sum(run.count for run in decision.runs)
+        position = self.stop(decision)
         child = self._cache.longest_child(self._chain, position)
         known = 0 if child is None else child[1]
         least = known + self._cache.branch_tokens
@@ -66,10 +67,17 @@ class LoadSavings:
         found = self._lower.find_partial(self._chain, position, least, most) if least <= most else None
         return found, 0 if found is None else found.count - known
 
-    def checkpoint_to_load(self, decision: LoadDecision) -> StoredPartial | None:
-        """As `checkpoint`, if loading it is expected to be faster than computing."""
+    def checkpoint_to_load(self, decision: LoadDecision) -> tuple[StoredPartial | None, int]:
+        """As `checkpoint`, if loading it is expected to be faster than computing; else None, and how many tokens are
+        computed although a tier has them.
+        """
         partial, saved = self.checkpoint(decision)
-        return partial if partial is not None and self.is_faster(partial, saved) else None
+        is_loaded = partial is None or self.is_faster(partial, saved)
+        return (partial, 0) if is_loaded else (None, saved)
+
+    def stop(self, decision: LoadDecision) -> int:
+        """The block behind those that are loaded."""
+        return self._first + sum(run.count for run in decision.runs)
 
     def is_faster(self, partial: StoredPartial, saved: int) -> bool:
         """Whether loading it is expected to take less time than to compute the ``saved`` tokens, or either is not
@@ -126,7 +134,8 @@ class PendingLoads:
             self._waiting[load] = []
             self._by_hash.update(dict.fromkeys(load.block_hashes, load))
         covered = self._covered(load, sequence.chain, len(match.blocks), stop)
-        sequence.waits.append(LoadWait(load, len(match.blocks) + covered, decision.choice))
+        checkpoint_end = load.checkpoint_end(sequence.chain)
+        sequence.waits.append(LoadWait(load, len(match.blocks) + covered, decision.choice, checkpoint_end))
         self._waiting[load].append(sequence)
         return True
 
@@ -171,11 +180,15 @@ class PendingLoads:
     def _with_checkpoint(
         self, savings: LoadSavings, decision: LoadDecision
     ) -> tuple[LoadDecision, StoredPartial | None, int]:
-        """The decision, and the checkpoint to load behind its blocks, with what it saves: `LoadSavings.checkpoint`."""
+        """The decision about full blocks, with that about the checkpoint behind them; the one to load, and what it
+        saves: `LoadSavings.checkpoint`.
+        """
         partial, saved = savings.checkpoint(decision)
         if partial is None or savings.is_faster(partial, saved) or self._is_time_to_probe():
             return decision, partial, saved
-        return decision if decision.runs else LoadDecision(LoadChoice.RECOMPUTE_CHEAPER), None, 0
+        choice = LoadChoice.LOAD if decision.runs else LoadChoice.RECOMPUTE_CHEAPER
+        checkpoint_end = savings.stop(decision) * self._cache.pool.block_size + partial.count
+        return replace(decision, choice=choice, checkpoint_end=checkpoint_end), None, 0
 
     def _is_pending(self, lower: LowerTiers, block_hash: BlockHash) -> bool:
         return lower.status(block_hash, exact=self._cache.exact) is LookupStatus.PENDING
@@ -234,11 +247,15 @@ class PendingLoads:
         """Record where the hit of a sequence that is being admitted comes from."""
         size, known = self._cache.pool.block_size, len(match.blocks)
         hit, in_blocks = sequence.held.hit_tokens, sequence.held.num_committed * size
+        last = self._cache.usable_blocks(sequence.chain) * size  # where the last block begins
         tier_tokens: dict[str, int] = {}
-        cheaper = lost = 0
+        cheaper = lost = in_last = 0
         if sequence.waits or sequence.load_decision is not NOTHING_BELOW:
             tier_tokens = self._tier_tokens(sequence, hit)
-            cheaper, lost = self._not_loaded(sequence, known, copied=hit - in_blocks)
+            blocks = self._not_loaded(sequence, known, copied=hit - in_blocks)
+            checkpoint = self._checkpoint_not_loaded(sequence, hit)
+            cheaper, lost = blocks[0] + checkpoint[0], blocks[1] + checkpoint[1]
+            in_last = max(0, hit + cheaper + lost - max(hit, last))
         sequence.admission = Admission(
             pool_tokens=hit - sum(tier_tokens.values()),
             tier_tokens=tier_tokens,
@@ -246,7 +263,7 @@ class PendingLoads:
             recompute_cheaper_tokens=cheaper,
             load_failed_tokens=lost,
             alignment_tokens=known * size - in_blocks + sequence.load_decision.rounded * size,
-            partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
+            partial_tokens=sequence.prompt_tokens - max(hit, last) - in_last,
         )
 
     def _tier_tokens(self, sequence: Sequence, hit: int) -> dict[str, int]:
@@ -266,8 +283,25 @@ class PendingLoads:
         self._cache.pool.stats.tier_hit_tokens.update(tier_tokens)
         return tier_tokens
 
+    def _checkpoint_not_loaded(self, sequence: Sequence, hit: int) -> tuple[int, int]:
+        """As `_not_loaded`, of the checkpoint behind the full blocks. Where its tokens begin a full block that a tier
+        has, too, they count with that.
+        """
+        decision, waits = sequence.load_decision, sequence.waits
+        if decision.declined:
+            return 0, 0
+        cheaper = self._behind(hit, decision.checkpoint_end)
+        lost = self._behind(hit, waits[-1].checkpoint_end) if waits else 0
+        return cheaper, max(0, lost - cheaper)
+
+    def _behind(self, hit: int, checkpoint_end: int) -> int:
+        """Of the tokens of a checkpoint, which are of one block, those behind a hit."""
+        size = self._cache.pool.block_size
+        return max(0, checkpoint_end - max(hit, (checkpoint_end - 1) // size * size))
+
     def _not_loaded(self, sequence: Sequence, known: int, copied: int) -> tuple[int, int]:
-        """Tokens that a tier has and that computing is cheaper for, and tokens that a load was to bring and did not.
+        """Tokens that a tier has and that computing is cheaper for, and tokens that a load was to bring and did not,
+        both of full blocks.
 
         known: blocks found in the pool. copied: tokens of the hit that are copied from the beginning of a block.
         """

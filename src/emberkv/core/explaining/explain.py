@@ -222,10 +222,10 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Cache
     if match.end is MatchEnd.OFF:
         return CacheOutcome(set_aside={MissReason.CACHE_OFF: len(chain)})
     size, known = cache.pool.block_size, len(match.blocks)
-    below, pending = NOTHING_BELOW, 0
+    below, pending, declined = NOTHING_BELOW, 0, 0
     checkpoint: StoredPartial | None = None
     if lower is not None and match.end is not MatchEnd.TOKENS_DIFFER:
-        below, pending, checkpoint = _from_below(cache, lower, chain, known)
+        below, pending, checkpoint, declined = _from_below(cache, lower, chain, known)
     loaded = below.runs if below.choice is LoadChoice.LOAD else []
     runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
@@ -239,18 +239,20 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Cache
         hit[tier] = hit.get(tier, 0) + copied
     if below.rounded:
         set_aside[MissReason.ALIGNMENT] = set_aside.get(MissReason.ALIGNMENT, 0) + below.rounded * size
-    if below.declined:
+    if below.declined:  # the checkpoint's tokens begin the first one of these
         set_aside[MissReason.RECOMPUTE_CHEAPER] = below.declined * size - copied
+    elif declined:
+        set_aside[MissReason.RECOMPUTE_CHEAPER] = declined
     if pending:
-        set_aside[MissReason.LOOK_UP] = pending * size - (0 if below.declined else copied)
+        set_aside[MissReason.LOOK_UP] = pending * size - (0 if below.declined else copied + declined)
     return CacheOutcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
 def _from_below(
     cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int
-) -> tuple[LoadDecision, int, StoredPartial | None]:
+) -> tuple[LoadDecision, int, StoredPartial | None, int]:
     """What to load of the blocks behind the first ``known`` ones, how many more only a query of a tier can find, and
-    the checkpoint to load behind them.
+    what `LoadSavings.checkpoint_to_load` says of the checkpoint behind them.
     """
     stop = max(known, cache.whole(cache.usable_blocks(chain)))
     runs = lower.find(chain.block_hashes[known:stop], exact=cache.exact) if known < stop else []
@@ -258,4 +260,4 @@ def _from_below(
     pending = end < stop and lower.status(chain.block_hashes[end], exact=cache.exact) is LookupStatus.PENDING
     savings = LoadSavings(cache, lower, chain, known)
     decision = savings.choose(runs)
-    return decision, stop - end if pending else 0, savings.checkpoint_to_load(decision)
+    return decision, stop - end if pending else 0, *savings.checkpoint_to_load(decision)
