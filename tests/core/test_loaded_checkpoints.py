@@ -382,6 +382,20 @@ def test_what_was_loaded_is_not_stored_again() -> None:
     harness.finish()
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_sequence_that_goes_on_replaces_one_unless_it_is_to_be_kept(is_kept: bool) -> None:
+    """One that is replaced stays as a speculative checkpoint, which takes some of these few."""
+    harness = engine(stocked(range(14), 5))
+    harness.add("a", range(14))
+    load = begin(harness)
+    load.keep_when_extended = is_kept
+    harness.arrive(load)
+    harness.finish()
+    block = harness.pool.lookup(load.block_hashes[-1])
+    assert block is not None
+    assert (block.keep_when_extended, harness.pool.stats.speculative_checkpoints) == (True, not is_kept)
+
+
 def test_a_look_up_says_that_a_load_would_bring_it() -> None:
     prompt = chain(range(14), SIZE)
     harness = engine(stocked(range(14), 5))

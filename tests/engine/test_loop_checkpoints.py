@@ -92,6 +92,20 @@ def test_all_tenants_go_on_from_one_within_a_public_prefix_until_it_is_removed()
     assert tier.partial_counts(FIRST) == []
 
 
+def test_one_that_was_left_where_prompts_part_is_that_in_the_next_engine_too() -> None:
+    """A prompt that goes on from it does not make a speculative one of it."""
+    tier = MemoryTier(2**20)
+    with hybrid(tier) as first:
+        first.ask("a", range(2, 14))
+        first.ask("b", [*PROMPT, 30, 31, 32])
+    with hybrid(tier) as second:
+        inbox = second.ask("c", [*PROMPT, 40, 41, 42])
+        assert {output.usage for output in inbox.outputs} == {CacheUsage(10, 7, 1, {"ram": 7})}
+    block = second.pool.lookup(CHECKPOINT)
+    assert block is not None
+    assert (block.keep_when_extended, second.pool.stats.speculative_checkpoints) == (True, 0)
+
+
 def test_what_the_pool_serves_of_one_is_as_recent_in_the_tiers() -> None:
     tier = TouchedTier()
     with hybrid(tier) as harness:

@@ -22,12 +22,20 @@ any_record = st.builds(
     position=st.integers(0, 2**32 - 1),
     exact=st.booleans(),
     payload=st.binary(max_size=300),
+    partial=st.booleans(),
+    keep_when_extended=st.booleans(),
 )
 
 
 @given(record=any_record, namespace=st.binary(max_size=255))
 def test_a_record_comes_back(record: BlockRecord, namespace: bytes) -> None:
     assert decode_record(encode_record(record, namespace=namespace), namespace=namespace) == record
+
+
+def test_whether_a_checkpoint_is_kept_changes_a_flag_and_the_checksum_alone() -> None:
+    """So versions that do not know the flag read the rest."""
+    kept = encode_record(replace(RECORD, keep_when_extended=True), namespace=NAMESPACE)
+    assert [at for at in range(len(DATA) - 16) if kept[at] != DATA[at]] == [10]
 
 
 def test_the_payload_is_not_copied() -> None:

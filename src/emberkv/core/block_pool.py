@@ -395,8 +395,9 @@ class BlockPool:
         block = load.blocks[-1]
         is_wanted = arrived and block.state is BlockState.PENDING
         block.state = BlockState.ALLOCATED
+        kind = CheckpointKind.BRANCH if load.keep_when_extended else None
         found = is_wanted and self._commit_partial(
-            block, load.chain, load.stop, partial.count, None, public=partial.public
+            block, load.chain, load.stop, partial.count, kind, public=partial.public
         )
         self.free([block])
         return found

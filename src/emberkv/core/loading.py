@@ -145,9 +145,10 @@ class Load:
     """Blocks ``[start, stop)`` of ``chain`` on their way up, PENDING and held by the load itself.
 
     runs: where the full blocks come from. break_even_seconds: until waiting has taken as long as computing would have;
-    None: not known. partial: one more block, behind these, that is not full: the last of ``blocks``. arrived: of the
-    full blocks, from the first, those that became visible; partial_arrived: whether that one did; took: seconds from
-    the start. These are set when the load has ended.
+    None: not known. partial: one more block, behind these, that is not full: the last of ``blocks``.
+    keep_when_extended: of that one, see `Block`; set when it is read. arrived: of the full blocks, from the first,
+    those that became visible; partial_arrived: whether that one did; took: seconds from the start. These are set when
+    the load has ended.
     """
 
     chain: Chain
@@ -156,6 +157,7 @@ class Load:
     blocks: list[Block]
     break_even_seconds: float | None
     partial: StoredPartial | None = None
+    keep_when_extended: bool = False
     arrived: int = 0
     partial_arrived: bool = False
     took: float = 0.0

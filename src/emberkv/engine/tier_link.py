@@ -293,6 +293,7 @@ class TierLink:
                 self._count("memory", 1, str(error))
                 break
             exact.append(record.exact)
+            load.keep_when_extended = record.keep_when_extended
         return exact
 
     def _is_wanted(self, load: Load, position: int, record: BlockRecord) -> bool:
@@ -340,7 +341,14 @@ def record_of(block: Block, content: memoryview) -> BlockRecord:
     """What a tier stores of a cached block. content: its KV bytes."""
     assert block.block_hash is not None
     return BlockRecord(
-        block.block_hash, block.parent, block.tokens, block.position, block.exact, content, block.partial
+        block.block_hash,
+        block.parent,
+        block.tokens,
+        block.position,
+        block.exact,
+        content,
+        block.partial,
+        block.keep_when_extended,
     )
 
 

@@ -30,6 +30,7 @@ _HEADER = struct.Struct("<8sHBBIIQ32s32s")
 _CHECKSUM_BYTES = 16
 _EXACT = 1
 _PARTIAL = 2
+_KEEP_WHEN_EXTENDED = 4  # earlier versions neither set this flag nor look at it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class BlockRecord:
 
     block_hash: SHA-256 of ``parent`` and ``tokens``, and `partial_hash` of a partial block (see
     `emberkv.core.hashing`). tokens: four bytes each. position: of the block in its chain, from 0. exact: bit-equal to a
-    cold prefill's state.
+    cold prefill's state. keep_when_extended: of a partial block, see `emberkv.core.block.Block`.
 
     >>> parent, tokens = bytes(32), bytes(64)
     >>> record = BlockRecord(sha256(parent + tokens).digest(), parent, tokens, 0, exact=True, payload=b"KV")
@@ -57,6 +58,7 @@ class BlockRecord:
     exact: bool
     payload: Payload
     partial: bool = False
+    keep_when_extended: bool = False
 
 
 def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
@@ -71,6 +73,7 @@ def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
             f"the first two must have {HASH_BYTES} and the last at most 255"
         )
     flags = (_EXACT if record.exact else 0) | (_PARTIAL if record.partial else 0)
+    flags |= _KEEP_WHEN_EXTENDED if record.keep_when_extended else 0
     header = _HEADER.pack(
         MAGIC, VERSION, flags, len(namespace), record.position,
         len(record.tokens), len(record.payload), record.block_hash, record.parent,
@@ -103,8 +106,16 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
     if view[_HEADER.size : tokens_at] != namespace:
         raise ForeignBlockError("block of another model", fault="namespace")
     tokens = data[tokens_at:payload_at]
-    exact, partial = bool(flags & _EXACT), bool(flags & _PARTIAL)
-    return BlockRecord(block_hash, parent, tokens, position, exact, view[payload_at:end], partial)
+    return BlockRecord(
+        block_hash,
+        parent,
+        tokens,
+        position,
+        exact=bool(flags & _EXACT),
+        payload=view[payload_at:end],
+        partial=bool(flags & _PARTIAL),
+        keep_when_extended=bool(flags & _KEEP_WHEN_EXTENDED),
+    )
 
 
 def verified_record(
