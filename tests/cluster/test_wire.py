@@ -9,7 +9,7 @@ from emberkv.cluster import wire, wire_commands
 from emberkv.core.feed import EventsLost
 from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.commands import ImportBlocks
+from emberkv.engine.commands import ExportCheckpoint, ImportBlocks
 from emberkv.engine.request import (
     CacheUsage,
     Constraint,
@@ -121,6 +121,16 @@ def test_frames_are_found_however_they_arrive(messages: list[bytes], cuts: list[
 def test_a_frame_that_is_too_long_is_refused_by_its_length() -> None:
     with pytest.raises(WireError, match="at most"):
         wire.FrameReader().feed((wire.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+
+
+def test_the_export_of_a_checkpoint_comes_back_with_its_chain_and_its_answer() -> None:
+    chain = TokenChain(bytes(32), range(9), 4, owner="ann", salt=b"salt", public_blocks=1)
+    command = wire_commands.decode_command(wire_commands.encode_command(ExportCheckpoint(chain, 2)), bytes(32))
+    assert isinstance(command, ExportCheckpoint)
+    found = command.chain
+    assert (command.position, found.slice(0, 9), found.parent(2)) == (2, [*range(9)], chain.parent(2))
+    answers: tuple[bytes | None, ...] = (b"record", None)
+    assert [wire_commands.decode_answer(wire_commands.encode_answer(each), command) for each in answers] == [*answers]
 
 
 def test_blocks_that_are_too_large_for_a_message_are_refused_before_they_are_sent() -> None:

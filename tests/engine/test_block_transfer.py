@@ -2,15 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain, root_hash
+from emberkv.core.hashing import TokenChain, partial_hash, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import MAX_BYTES, BlockTransfer, ImportedBlocks
-from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, ReadRows, Remove, Statistics
+from emberkv.engine.commands import (
+    CacheControl,
+    ExportBlocks,
+    ExportCheckpoint,
+    ImportBlocks,
+    ReadRows,
+    Remove,
+    Statistics,
+)
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.errors import ConfigError, RequestError
@@ -28,10 +37,25 @@ PROMPT = [*range(3, 33)]  # 7 full blocks and 2 tokens
 class Tiny:
     """A running loop over a `TinyExecutor`, whose tokens depend on every byte of KV state."""
 
-    def __init__(self, num_blocks: int = 40, *, exact: bool = False, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 40,
+        *,
+        exact: bool = False,
+        max_bytes: int = MAX_BYTES,
+        batch_invariant: bool = True,
+        within_blocks: bool = True,
+    ) -> None:
         self.executor = TinyExecutor(num_blocks=num_blocks, block_size=BLOCK)
         self.pool = BlockPool(num_blocks, BLOCK)
-        cache = PrefixCache(self.pool, alignment=BLOCK, batch_invariant=True, exact=exact)
+        cache = PrefixCache(
+            self.pool,
+            alignment=BLOCK,
+            batch_invariant=batch_invariant,
+            within_blocks=within_blocks,
+            exact=exact,
+            branch_tokens=2,
+        )
         self.scheduler = Scheduler(cache, SchedulerConfig(8, 16))
         transfer = BlockTransfer(cache, self.executor.pool, NAMESPACE, max_bytes=max_bytes)
         self.control = CacheControl(self.scheduler, transfer=transfer)
@@ -51,6 +75,9 @@ class Tiny:
         records = self.loop.execute(ExportBlocks(chain.block_hashes)).result(DEADLINE)
         return [record for record in records if record is not None]
 
+    def export_checkpoint(self, chain: TokenChain, position: int) -> bytes | None:
+        return self.loop.execute(ExportCheckpoint(chain, position)).result(DEADLINE)
+
     def take(self, chain: TokenChain, records: list[bytes]) -> ImportedBlocks:
         return self.loop.execute(ImportBlocks(chain, records)).result(DEADLINE)
 
@@ -62,8 +89,8 @@ Start = Callable[..., Tiny]
 def start() -> Iterator[Start]:
     made: list[Tiny] = []
 
-    def begin(num_blocks: int = 40, *, exact: bool = False, max_bytes: int = MAX_BYTES) -> Tiny:
-        tiny = Tiny(num_blocks, exact=exact, max_bytes=max_bytes)
+    def begin(num_blocks: int = 40, **how: Any) -> Tiny:
+        tiny = Tiny(num_blocks, **how)
         tiny.loop.start()
         made.append(tiny)
         return tiny
@@ -228,6 +255,95 @@ def test_a_command_copies_a_bounded_number_of_bytes(start: Start) -> None:
     assert [each.imported for each in taken] == [3, 3, 1]
     assert len(third.export(prompt_chain())) == 3
     assert third.ask(PROMPT) == (28, answer)
+
+
+SHORT = PROMPT[:7]  # a block and 3 tokens, which are a checkpoint when the answer has one token
+NEXT = [*SHORT, 40, 41, 42, 43]
+
+
+@pytest.mark.parametrize("within_blocks", [False, True])
+def test_a_hit_goes_on_from_an_imported_checkpoint(start: Start, within_blocks: bool) -> None:
+    first, second, cold = (start(within_blocks=within_blocks) for _ in range(3))
+    first.ask(SHORT, new=1)
+    chain = prompt_chain(SHORT)
+    checkpoint = first.export_checkpoint(chain, 1)
+    assert checkpoint is not None
+    assert second.take(chain, [*first.export(chain), checkpoint]) == ImportedBlocks(2, 1, 0, {}, 1)
+    assert second.take(chain, [checkpoint]) == ImportedBlocks(1, 0, 1)
+    assert second.export_checkpoint(chain, 1) == checkpoint
+    assert second.ask(NEXT) == (7, cold.ask(NEXT)[1])
+    counted = [each.loop.execute(Statistics()).result(DEADLINE).counters for each in (first, second)]
+    assert [(each.exported_checkpoints, each.imported_checkpoints) for each in counted] == [(1, 0), (1, 1)]
+    assert [each.imported_blocks for each in counted] == [0, 1]
+
+
+def test_the_longest_checkpoint_is_exported_whose_tokens_are_the_chain_s(start: Start) -> None:
+    first = start(within_blocks=False)
+    first.ask(SHORT[:6], new=1)
+    first.ask([*SHORT[:6], 49], new=1)
+    lengths = []
+    for tokens in (SHORT[:5], SHORT[:6], SHORT, [*SHORT[:6], 49], [*SHORT[:6], 49, 48, 47]):
+        record = first.export_checkpoint(prompt_chain(tokens), 1)
+        lengths.append(0 if record is None else len(decode_record(record, namespace=NAMESPACE).tokens) // 4)
+    assert lengths == [0, 2, 2, 3, 3]
+    assert first.export_checkpoint(prompt_chain(SHORT), 0) is None
+    with pytest.raises(RequestError, match="position is 2; the chain has 1 full blocks"):
+        first.export_checkpoint(prompt_chain(SHORT), 2)
+
+
+def test_a_public_prefix_s_checkpoint_is_exported_as_the_tenant_s_own(start: Start) -> None:
+    first, second = start(within_blocks=False), start(within_blocks=False)
+
+    def chain(tokens: list[int], public_blocks: int) -> TokenChain:
+        return TokenChain(ROOT, tokens, BLOCK, owner="ann", salt=b"ann", public_blocks=public_blocks)
+
+    whole = chain(PROMPT[:12], 3)
+    blocks = first.pool.allocate(2)
+    for position, block in enumerate(blocks):
+        first.executor.pool.write_block(block.block_id, bytes([position]) * first.executor.pool.block_bytes)
+    first.pool.commit(blocks[0], whole, 0, exact=True)
+    assert first.pool.commit_partial(blocks[1], whole, 1, 3)
+    first.pool.free(blocks)
+    ours = chain(SHORT, 1)
+    checkpoint = first.export_checkpoint(ours, 1)
+    assert checkpoint is not None
+    assert second.take(ours, [*first.export(ours), checkpoint]) == ImportedBlocks(2, 1, 0, {}, 1)
+    tokens = ours.encoded_slice(4, 7)
+    kept = second.pool.lookup(partial_hash(ours.parent(1), tokens))
+    assert kept is not None
+    assert (kept.owner, second.pool.lookup(partial_hash(whole.parent(1), tokens))) == ("ann", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"position": 2}, "position"),
+        ({"tokens": b"\1\0\0\0" * 3}, "tokens"),
+        ({"tokens": b""}, "tokens"),
+        ({"parent": ROOT}, "tokens"),
+        ({"partial": False}, "position"),
+        ({"payload": bytes(8)}, "size"),
+        ({"exact": False}, "exactness"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_is_not_the_chain_s_is_refused(start: Start, change: dict[str, Any], fault: str) -> None:
+    first, second = start(within_blocks=False), start(within_blocks=False)
+    first.ask(SHORT, new=1)
+    chain = prompt_chain(SHORT)
+    checkpoint = first.export_checkpoint(chain, 1)
+    assert checkpoint is not None
+    spoilt = encode_record(replace(decode_record(checkpoint, namespace=NAMESPACE), **change), namespace=NAMESPACE)
+    assert second.take(chain, [*first.export(chain), spoilt]) == ImportedBlocks(2, 1, 0, {fault: 1})
+
+
+def test_a_checkpoint_is_refused_where_hits_end_at_whole_blocks(start: Start) -> None:
+    first, second = start(within_blocks=False), start(batch_invariant=False)
+    first.ask(SHORT, new=1)
+    chain = prompt_chain(SHORT)
+    checkpoint = first.export_checkpoint(chain, 1)
+    assert checkpoint is not None
+    assert second.take(chain, [*first.export(chain), checkpoint]).refused == {"kind": 1}
 
 
 def test_an_engine_without_a_transfer_refuses(start: Start) -> None:

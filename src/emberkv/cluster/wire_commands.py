@@ -18,6 +18,7 @@ from emberkv.engine.commands import (
     CachedTokens,
     Command,
     ExportBlocks,
+    ExportCheckpoint,
     FindCached,
     ImportBlocks,
     LookedUp,
@@ -84,6 +85,11 @@ class _Export(_Message, frozen=True, tag="export"):
     block_hashes: Hashes
 
 
+class _ExportCheckpoint(_Message, frozen=True, tag="export-checkpoint"):
+    chain: _Chain
+    position: wire.Count
+
+
 class _Import(_Message, frozen=True, tag="import"):
     chain: _Chain
     records: tuple[bytes, ...]
@@ -94,7 +100,18 @@ class _Removed(Struct, frozen=True, array_like=True):
     tiers: dict[str, RemovalResult]
 
 
-_AnyMessage = _Retain | _Unretain | _Remove | _CachedTokens | _LookUp | _FindCached | _Statistics | _Export | _Import
+_AnyMessage = (
+    _Retain
+    | _Unretain
+    | _Remove
+    | _CachedTokens
+    | _LookUp
+    | _FindCached
+    | _Statistics
+    | _Export
+    | _ExportCheckpoint
+    | _Import
+)
 
 _commands = msgspec.msgpack.Decoder(_AnyMessage)
 
@@ -106,6 +123,7 @@ _ANSWERS: Mapping[type[Command[Any]], Any] = {
     FindCached: list[bool],
     Statistics: PoolStatistics,
     ExportBlocks: list[bytes | None],
+    ExportCheckpoint: bytes | None,
     ImportBlocks: ImportedBlocks,
 }
 
@@ -130,6 +148,8 @@ def encode_command(command: Command[Any], *, message_bytes: int = wire.MAX_MESSA
             message = _Statistics()
         case ExportBlocks():
             message = _Export(tuple(command.block_hashes))
+        case ExportCheckpoint():
+            message = _ExportCheckpoint(_sent(command.chain), command.position)
         case ImportBlocks():
             message = _Import(_sent(command.chain), tuple(command.records))
         case _:
@@ -160,6 +180,8 @@ def decode_command(data: bytes, root: BlockHash) -> Command[Any]:
             command = Statistics()
         case _Export():
             command = ExportBlocks(message.block_hashes)
+        case _ExportCheckpoint():
+            command = ExportCheckpoint(_received(message.chain, root), message.position)
         case _Import():
             command = ImportBlocks(_received(message.chain, root), message.records)
     return command

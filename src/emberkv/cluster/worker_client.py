@@ -154,8 +154,9 @@ class WorkerClient:
         """Have one of the engine's commands carried out; those that read events, a snapshot or the load have methods of
         their own.
 
-            record, = await one.execute(ExportBlocks([block_hash]))
-            await other.execute(ImportBlocks(chain, [record]))
+            records = [each for each in await one.execute(ExportBlocks(chain.block_hashes)) if each is not None]
+            checkpoint = await one.execute(ExportCheckpoint(chain, len(records)))
+            await other.execute(ImportBlocks(chain, records if checkpoint is None else [*records, checkpoint]))
         """
         return wire_commands.decode_answer(
             await self._ask("POST", "command", body=wire_commands.encode_command(command)), command

@@ -37,6 +37,8 @@ class SchedulerStats:
     exported_blocks: int = 0
     imported_blocks: int = 0
     refused_imports: Counter[str] = field(default_factory=Counter)  # records, by what was wrong with them
+    exported_checkpoints: int = 0  # partial blocks
+    imported_checkpoints: int = 0
 
     @property
     def checkpoints(self) -> dict[str, int]:
@@ -49,4 +51,6 @@ class SchedulerStats:
             "hits": self.checkpoint_hits,
             "loaded": self.loaded_checkpoints,
             "not_loaded": self.unloaded_checkpoints,
+            "exported": self.exported_checkpoints,
+            "imported": self.imported_checkpoints,
         }

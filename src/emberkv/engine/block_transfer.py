@@ -3,17 +3,19 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.hashing import BlockHash, Chain
+from emberkv.core.checkpoints import CheckpointKind
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, Chain, partial_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.engine.executor import KVStorage
 from emberkv.engine.tier_link import TierLink, record_of
-from emberkv.errors import BlockError, ForeignBlockError
+from emberkv.errors import BlockError, ForeignBlockError, RequestError
 from emberkv.tensors import TensorBytes
 from emberkv.tiers.codec import BlockRecord, decode_record, encode_record
 from emberkv.tiers.onboarding import Records
+from emberkv.tiers.partial import PartialPlace
 
 MAX_BYTES = 8 << 20
 """Of KV state that one call copies, so that no step waits long for it. At least one block."""
@@ -23,14 +25,16 @@ MAX_BYTES = 8 << 20
 class ImportedBlocks:
     """taken: how many of the records were looked at; the caller sends the others again, with the same chain.
 
-    imported: blocks that the pool has got. cached: blocks that it had. refused: records that are damaged, or not the
-    chain's, by what is wrong with them; no record behind one is taken.
+    imported: full blocks that the pool has got. cached: full blocks that it had. refused: records that are damaged, or
+    not the chain's, by what is wrong with them; no record behind one is taken. checkpoints: partial blocks that it has
+    got.
     """
 
     taken: int
     imported: int
     cached: int
     refused: Mapping[str, int] = field(default_factory=dict)
+    checkpoints: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,56 @@ class BlockTransfer:
             finish([])
         return answer
 
+    def export_checkpoint(self, chain: Chain, position: int) -> "Future[bytes | None]":
+        """The record of the longest partial block behind the first ``position`` blocks of ``chain`` from which a longer
+        prompt that begins with ``chain`` goes on, from the pool or a tier; None where neither has one.
+
+        The record is of a block of this chain, though a public prefix may have left it. Raises RequestError for a
+        position behind the last full block, and otherwise as `export` does.
+        """
+        if position > len(chain.block_hashes):
+            raise RequestError(
+                f"position is {position}; the chain has {len(chain.block_hashes)} full blocks", param="position"
+            )
+        answer: Future[bytes | None] = Future()
+
+        def finish(records: Records) -> None:
+            try:
+                record = records[0] if records else None
+                if record is None:
+                    record = self._checkpoint_of_pool(chain, position)
+                encoded = None if record is None else self._encoded(_as_next_of(chain, position, record))
+            except MemoryError as error:
+                answer.set_exception(error)
+                return
+            self._pool.stats.exported_checkpoints += encoded is not None
+            answer.set_result(encoded)
+
+        known = self._partial_child(chain, position)
+        least = 1 if known is None else known.num_tokens + 1
+        most = min(self._pool.block_size - 1, len(chain) - position * self._pool.block_size)
+        lower = self._lower if least <= most else None
+        found = None if lower is None else lower.find_partial(chain, position, least, most)
+        if lower is None or found is None:
+            finish([])
+        else:
+            public_parent = chain.unsalted_parent(position)
+            parent = public_parent if found.public else chain.parent(position)
+            read = lower.read([found.block_hash], partial=PartialPlace(parent, public_parent, found.count))
+            read.add_done_callback(lambda read: finish(read.result()))
+        return answer
+
+    def _partial_child(self, chain: Chain, position: int) -> Block | None:
+        """The longest partial block of the pool that is the next one of ``chain``."""
+        found = self._cache.longest_child(chain, position, to_end=True)
+        return found[0] if found is not None and found[0].partial and found[0].num_tokens == found[1] else None
+
+    def _checkpoint_of_pool(self, chain: Chain, position: int) -> BlockRecord | None:
+        block = self._partial_child(chain, position)
+        if block is None:
+            return None
+        return record_of(block, self._storage.read_beginning(block.block_id, block.num_tokens))
+
     def read_rows(self, chain: Chain, layer: int, start: int) -> CachedRows:
         """Keys and values of the tokens from ``start`` on that the pool has, of as many blocks as `MAX_BYTES` allows.
 
@@ -130,17 +184,19 @@ class BlockTransfer:
     def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
         """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.
 
-        A record counts only if its checksum, namespace, hash, parent, tokens and size are the chain's.
+        A record counts only if its checksum, namespace, hash, parent, tokens and size are the chain's. That of a
+        partial block is the last one that is taken.
         """
         if not self._cache.enabled:
             return ImportedBlocks(len(records), 0, 0)
         cached = self._pool.match(chain, stop=len(chain.block_hashes), exact_only=self._cache.exact).blocks
         sound, taken, refused = self._verified(chain, records, len(cached))
         self._pool.pin(cached)
-        imported = self._commit(chain, sound, cached)
+        imported, checkpoints = self._commit(chain, sound, cached)
         self._pool.stats.imported_blocks += imported
+        self._pool.stats.imported_checkpoints += checkpoints
         self._pool.stats.refused_imports.update(refused)
-        return ImportedBlocks(taken, imported, len(cached), refused)
+        return ImportedBlocks(taken, imported, len(cached), refused, checkpoints)
 
     def _of_pool(self, block_hashes: Sequence[BlockHash]) -> dict[BlockHash, bytes]:
         """The records of those that are full blocks of the pool."""
@@ -166,41 +222,71 @@ class BlockTransfer:
                 return sound, taken + 1, Counter({error.fault: 1})
             if record.position == position + len(sound):
                 sound.append(record)
+                if record.partial:
+                    return sound, taken + 1, Counter()
         return sound, len(records), Counter()
 
     def _verified_record(self, chain: Chain, data: bytes, furthest: int) -> BlockRecord:
         """Raises BlockError unless it is the record of a block of ``chain``, at ``furthest`` or before."""
         record = decode_record(data, namespace=self._namespace)
         at = record.position
-        if at > furthest or at >= len(chain.block_hashes):
+        if at > furthest or at >= len(chain.block_hashes) + record.partial:
             raise ForeignBlockError(f"block {at} of a chain; block {furthest} is the next one", fault="position")
-        expected = (chain.block_hashes[at], chain.parent(at), chain.block_tokens(at))
-        if (record.block_hash, record.parent, record.tokens) != expected:
+        if record.partial and not self._cache.reuses_partial_blocks:
+            raise ForeignBlockError("a partial block, which this engine does not go on from", fault="kind")
+        if (record.block_hash, record.parent, record.tokens) != _expected(chain, record):
             raise ForeignBlockError("a block of another chain", fault="tokens")
         if len(record.payload) != self._storage.block_bytes:
             raise ForeignBlockError(f"{len(record.payload)} bytes of KV state", fault="size")
-        if self._cache.exact and not record.exact:
+        if (self._cache.exact or record.partial) and not record.exact:
             raise ForeignBlockError("not bit-equal to a cold prefill's", fault="exactness")
         return record
 
-    def _commit(self, chain: Chain, records: Sequence[BlockRecord], cached: list[Block]) -> int:
-        """Write and commit records behind ``cached``, which is pinned and freed in the end; how many are found now."""
+    def _commit(self, chain: Chain, records: Sequence[BlockRecord], cached: list[Block]) -> tuple[int, int]:
+        """Write and commit records behind ``cached``, which is pinned and freed in the end; how many full and partial
+        blocks are found now.
+        """
         if not records:
             self._pool.free(cached)
-            return 0
+            return 0, 0
         owner = chain.owner(records[-1].position)
         blocks = self._pool.allocate(min(len(records), self._pool.free_for(owner)), owner)
-        count = 0
+        count = checkpoints = 0
         try:
             for record, block in zip(records, list(blocks), strict=False):
                 self._storage.write_block(block.block_id, record.payload)
+                if record.partial:
+                    checkpoints += self._commit_partial(block, chain, record)
+                    break
                 blocks[count] = self._pool.commit(block, chain, record.position, exact=record.exact)
                 if blocks[count].state is not BlockState.COMMITTED:  # the hash is another chain's already
                     break
                 count += 1
         finally:
             self._pool.free([*cached, *blocks])
-        return count
+        return count, checkpoints
+
+    def _commit_partial(self, block: Block, chain: Chain, record: BlockRecord) -> bool:
+        kind = CheckpointKind.BRANCH if record.keep_when_extended else None
+        return self._pool.commit_partial(block, chain, record.position, len(record.tokens) // TOKEN_BYTES, kind)
+
+
+def _as_next_of(chain: Chain, position: int, record: BlockRecord) -> BlockRecord:
+    """A record of a partial block that holds the first tokens of block ``position`` of ``chain``, as one of that."""
+    parent = chain.parent(position)
+    return replace(record, parent=parent, block_hash=partial_hash(parent, record.tokens))
+
+
+def _expected(chain: Chain, record: BlockRecord) -> tuple[BlockHash, BlockHash, bytes] | None:
+    """Hash, parent and tokens of the block of ``chain`` that a record is to be of; None where there is none."""
+    at, parent = record.position, chain.parent(record.position)
+    if not record.partial:
+        return chain.block_hashes[at], parent, chain.block_tokens(at)
+    first, count = at * chain.block_size, len(record.tokens) // TOKEN_BYTES
+    if not 0 < count < chain.block_size or first + count > len(chain):
+        return None
+    tokens = chain.encoded_slice(first, first + count)
+    return partial_hash(parent, tokens), parent, tokens
 
 
 def _rows(tensor: TensorBytes, rows: slice) -> TensorBytes:

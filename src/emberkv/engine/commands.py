@@ -146,6 +146,16 @@ class ExportBlocks(Command[list[bytes | None]]):
 
 
 @dataclass(frozen=True, slots=True)
+class ExportCheckpoint(Command[bytes | None]):
+    """Answer: the record of the longest partial block behind the first ``position`` blocks of ``chain`` that holds its
+    next tokens, from the pool or a tier, for the end of `ImportBlocks`. See `BlockTransfer.export_checkpoint`.
+    """
+
+    chain: Chain
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImportBlocks(Command[ImportedBlocks]):
     """Have the pool take in exported blocks of ``chain``, in order. See `BlockTransfer.take`."""
 
@@ -287,6 +297,7 @@ class CacheControl:
             ReadSnapshot: self._read_snapshot,
             ReadLoad: self._read_load,
             ExportBlocks: self._export,
+            ExportCheckpoint: self._export_checkpoint,
             ImportBlocks: self._import,
             ReadRows: self._read_rows,
             CountRows: self._count_rows,
@@ -355,6 +366,9 @@ class CacheControl:
 
     def _export(self, command: ExportBlocks) -> "Future[list[bytes | None]]":
         return self._transfers().export(command.block_hashes)
+
+    def _export_checkpoint(self, command: ExportCheckpoint) -> "Future[bytes | None]":
+        return self._transfers().export_checkpoint(command.chain, command.position)
 
     def _import(self, command: ImportBlocks) -> ImportedBlocks:
         return self._transfers().take(command.chain, command.records)

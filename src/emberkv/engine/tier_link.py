@@ -174,10 +174,11 @@ class TierLink:
         onboarding = self.manager.onboard(list(load.block_hashes), load.all_runs, done, partial=place)
         self._pending[load] = _PendingLoad(load, onboarding, began, began + seconds)
 
-    def read(self, block_hashes: Sequence[BlockHash]) -> "Future[Records]":
+    def read(self, block_hashes: Sequence[BlockHash], *, partial: PartialPlace | None = None) -> "Future[Records]":
         """Have blocks read that are not for the pool: those that the tiers have, up to the first that none has.
 
         The future is done in `completed` or `close`, after at most `READ_SECONDS`, with a record or None for each hash.
+        partial: where the last block lies, if that is a partial one.
         """
         answer: Future[Records] = Future()
         answer.set_running_or_notify_cancel()
@@ -188,7 +189,8 @@ class TierLink:
 
         deadline = self._clock() + READ_SECONDS
         runs = self.manager.peek(block_hashes)
-        self._reads[answer] = _PendingRead(self.manager.onboard(list(block_hashes), runs, done), deadline)
+        onboarding = self.manager.onboard(list(block_hashes), runs, done, partial=partial)
+        self._reads[answer] = _PendingRead(onboarding, deadline)
         return answer
 
     def take_events(self) -> list[Event]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from emberkv.core.feed import EventsLost
-from emberkv.engine.commands import ExportBlocks, ImportBlocks, ReadEvents, ReadSnapshot
+from emberkv.engine.commands import ExportBlocks, ExportCheckpoint, ImportBlocks, ReadEvents, ReadSnapshot
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from tests.engine.conftest import ModelFactory
 from tests.engine.torch.test_exactness import text
-from tests.engine.torch.test_restart import RecordingSampler, ask, engine, usage
+from tests.engine.torch.test_restart import HYBRID, RecordingSampler, answered, ask, engine, usage
 from tests.waiting import DEADLINE
 
 PROMPT = text(random.Random(1), 200)
@@ -39,6 +39,31 @@ def test_a_hit_on_imported_blocks_has_the_bits_of_a_cold_run(
         answer = ask(second, PROMPT)
         hit = 199 // second.executor.alignment * second.executor.alignment
         assert usage(answer).cached_tokens == hit
+    assert answer.tokens == expected.tokens
+    assert len(cold.logits) == len(warm.logits) == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(warm.logits, cold.logits, strict=True))
+
+
+def test_a_hybrid_goes_on_from_an_imported_checkpoint_with_the_bits_of_a_cold_run(
+    paged: ModelFactory, tmp_path: Path
+) -> None:
+    """It comes from the exporting engine's folder."""
+    prompt, hit = answered(paged, tmp_path, "lfm2")
+    with engine(paged, tmp_path, "lfm2", **HYBRID) as first:
+        chain = first.loop.chain(GenerationRequest("", prompt, SamplingParams()))
+        found = first.loop.execute(ExportBlocks(chain.block_hashes)).result(DEADLINE)
+        checkpoint = first.loop.execute(ExportCheckpoint(chain, 2)).result(DEADLINE)
+        records = [each for each in (*found, checkpoint) if each is not None]
+        assert first.loop.stats().checkpoints.get("exported", 0) == (hit > 256)
+    cold, warm = RecordingSampler(), RecordingSampler()
+    with engine(paged, None, "lfm2", sampler=warm, **HYBRID) as second:
+        taken = second.loop.execute(ImportBlocks(chain, records)).result(DEADLINE)
+        assert (taken.imported, taken.checkpoints, taken.refused) == (2, hit > 256, {})
+        answer = ask(second, prompt)
+        assert usage(answer).cached_tokens == hit
+    with engine(paged, None, "lfm2", sampler=cold, **HYBRID) as plain:
+        expected = ask(plain, prompt)
+        assert usage(expected).cached_tokens == 0
     assert answer.tokens == expected.tokens
     assert len(cold.logits) == len(warm.logits) == 8
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(warm.logits, cold.logits, strict=True))
