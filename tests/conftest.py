@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -60,14 +60,28 @@ def _skip_certificates() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Modules and tests stay until the end: the garbage collector neither interrupts their making nor searches them."""
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Modules and tests stay until the end: the garbage collector neither interrupts their making nor searches them.
+
+    A worker of pytest-xdist hands what is wrong with the command line on, for `pytest_testnodedown`.
+    """
     gc.disable()
     try:
         return (yield)
+    except pytest.UsageError as error:
+        output: dict[str, object] = getattr(session.config, "workeroutput", {})
+        output["usage_error"] = [str(each) for each in error.args]
+        raise
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A test that does not exist ends the run with pytest's own words, as it does without pytest-xdist."""
+    if usage_error := getattr(node, "workeroutput", {}).get("usage_error"):
+        raise pytest.UsageError(*usage_error)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
