@@ -1,5 +1,6 @@
 """The loop above tiers that keep a hybrid's checkpoints: blocks of 4 tokens, a checkpoint that saves 2 is worth one."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,15 @@ from emberkv.core.sequence import StepPlan
 from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage, FinishReason
 from emberkv.engine.tier_link import TierLink
+from emberkv.tiers.base import Tier
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.remote.tier import RemoteTier
 from tests.engine.loop_harness import BLOCK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.engine.tier_harness import NAMESPACE
 from tests.engine.tiny_executor import ArrayPool
-from tests.waiting import DEADLINE
+from tests.tiers.redis_process import RedisProcess, needs_server
+from tests.waiting import DEADLINE, eventually
 
 PROMPT = [*range(2, 9)]  # a block and 3 tokens, which are a checkpoint when the answer has one token
 FIRST = TokenChain(ROOT, PROMPT, BLOCK).block_hashes[0]
@@ -36,7 +40,7 @@ class TouchedTier(MemoryTier):
 class Hybrid(Harness):
     """A `Harness` of a model with a state, whose blocks' bytes are garbage."""
 
-    def __init__(self, tier: MemoryTier, **how: Any) -> None:
+    def __init__(self, tier: Tier, **how: Any) -> None:
         self.stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=2**20)
         self.bytes = ArrayPool(24, BLOCK)
         self.link = TierLink(self.stack, self.bytes, step_tokens=16)
@@ -49,7 +53,7 @@ class Hybrid(Harness):
 
 
 @contextmanager
-def hybrid(tier: MemoryTier, **how: Any) -> Iterator[Hybrid]:
+def hybrid(tier: Tier, **how: Any) -> Iterator[Hybrid]:
     harness = Hybrid(tier, **how)
     with running(harness):
         yield harness
@@ -66,6 +70,32 @@ def test_the_next_engine_on_the_tier_goes_on_from_the_checkpoint() -> None:
     assert {output.usage for output in inbox.outputs} == {CacheUsage(9, 7, 1, {"ram": 7})}
     stats = second.loop.stats()
     assert (stats.loaded_blocks, stats.checkpoints["loaded"], dict(stats.transfer_errors)) == (1, 1, {})
+
+
+@needs_server
+def test_an_engine_goes_on_from_a_checkpoint_that_another_left_in_redis(redis_server: RedisProcess) -> None:
+    """A look-up may be given up on a busy machine, so prompts are asked until one is answered in time."""
+    redis_server.client().flushall()
+
+    def connected() -> RemoteTier:
+        return RemoteTier(redis_server.address, 2**20, namespace=NAMESPACE).connect()
+
+    with hybrid(connected()) as first, hybrid(connected()) as second:
+        for start in itertools.count(10):
+            prompt = [start, *PROMPT]  # a block and 4 tokens less the one that is not computed
+            first.ask(f"a{start}", prompt[:7])
+            first.loop.execute(Statistics()).result(DEADLINE)
+            assert first.stack.flush(DEADLINE)
+            parent = TokenChain(ROOT, prompt, BLOCK).block_hashes[0]
+            eventually(lambda parent=parent: second.stack.workers[0].tier.partial_counts(parent) == [3])
+            for _ in range(100):
+                second.link.computed(16, 1000.0)  # so loading is chosen, and has all the time it needs
+            usage = second.ask(f"b{start}", prompt).wait().usage
+            if usage == CacheUsage(8, 7, 1, {"remote": 7}) or start == 40:
+                break
+    assert usage == CacheUsage(8, 7, 1, {"remote": 7})
+    assert second.loop.stats().checkpoints["loaded"] == 1
+    assert first.loop.stats().tiers["remote"].corrupt == second.loop.stats().tiers["remote"].corrupt == {}
 
 
 def test_all_tenants_go_on_from_one_within_a_public_prefix_until_it_is_removed() -> None:

@@ -111,7 +111,7 @@ class LowerTiers(Protocol):
     def find_partial(self, chain: Chain, position: int, least: int, most: int) -> StoredPartial | None:
         """The longest partial block that holds the first tokens of block ``position`` of ``chain``, from ``least`` to
         ``most`` of them; from the fastest tier that has it. All are exact. Where the chain becomes private there, a
-        public prefix's count, too. Tiers without an index in memory are not asked.
+        public prefix's count, too. As for `find`, what the tiers know without I/O.
         """
         ...
 

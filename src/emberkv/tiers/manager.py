@@ -42,7 +42,7 @@ last: behind a system prompt that all requests share there are hundreds, and eac
 @dataclass(frozen=True, slots=True)
 class OffloadedBlock:
     """A block to store. owner: the tenant whose share of the tiers it takes. partial: where it lies, if it is a partial
-    block; only tiers with an index in memory store that.
+    block, which not all tiers store (`Tier.keeps_partial`).
     """
 
     record: BlockRecord

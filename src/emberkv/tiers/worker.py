@@ -427,7 +427,7 @@ class TierWorker:
         if outcome.count < len(stored):
             stored = [each for each in stored if self.tier.query((each.block_hash,))]
         with self.lock:
-            self._remember(each.block_hash for each in stored)
+            self._remember(each.block_hash for each in stored if not each.partial)
             self._forget(outcome.evicted)
         for event in _stored_events(self.name, [each for each in stored if not each.partial]):
             self._on_event(event)

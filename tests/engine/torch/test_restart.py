@@ -23,7 +23,7 @@ from emberkv.tiers.kinds import TierConfig, TierSpec, configured_tiers
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import Inbox
 from tests.engine.torch.test_exactness import text
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, eventually
 
 CONFIG = EngineConfig(cache_bytes=2**21, block_size=16, prefill_chunk=64)
 
@@ -214,6 +214,44 @@ def test_two_engines_on_a_shared_tier_are_warm_for_one_another_to_the_last_bit(
         assert second.loop.stats().tiers[kind].corrupt == {}
     with engine(paged, None, sampler=reference) as plain:
         assert usage(ask(plain, prompt)).cached_tokens == 0
+    assert len(sampler.logits) == len(reference.logits) == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+
+
+def test_a_hybrid_goes_on_from_a_checkpoint_in_redis_with_the_bits_of_a_cold_run(
+    paged: ModelFactory, request: pytest.FixtureRequest
+) -> None:
+    """A look-up may be given up on a busy machine, so the engines are asked until it happens."""
+    tiers = TierConfig((TierSpec("remote", 2**26, None, request.getfixturevalue("redis_server").address),))
+    sampler, reference = RecordingSampler(), RecordingSampler()
+    rng = random.Random(4)
+    with (
+        engine(paged, None, "lfm2", tiers=tiers, **HYBRID) as first,
+        engine(paged, None, "lfm2", tiers=tiers, sampler=sampler, **HYBRID) as second,
+    ):
+        assert first.tiers is not None
+        assert second.tiers is not None
+        tier = second.tiers.workers[0].tier
+        hit = 337 if first.scheduler.cache.keeps_branches else 256
+        seems_slow(second)
+        for _ in range(20):
+            prompt = text(rng, 330)
+            answer = ask(first, prompt)
+            answer.wait()
+            prompt = [*prompt, *answer.tokens, *text(rng, 9)]
+            first.loop.execute(Statistics()).result(DEADLINE)
+            assert first.tiers.flush(DEADLINE)
+            parent = first.loop.chain(GenerationRequest("", prompt, SamplingParams())).parent(2)
+            eventually(lambda parent=parent: hit == 256 or tier.partial_counts(parent))
+            sampler.logits.clear()
+            warm = ask(second, prompt)
+            if usage(warm).tokens_by_tier == {"remote": hit}:
+                break
+        assert usage(warm).tokens_by_tier == {"remote": hit}
+    with engine(paged, None, "lfm2", sampler=reference, **HYBRID) as plain:
+        cold = ask(plain, prompt)
+        assert usage(cold).cached_tokens == 0
+    assert warm.tokens == cold.tokens
     assert len(sampler.logits) == len(reference.logits) == 8
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
 

@@ -11,6 +11,12 @@
 --   lost:NAMESPACE  sorted set: hashes of blocks that are gone though no process of the namespace asked for it, by the
 --                   number of their loss; the last ones
 --   spaces          set: every namespace
+--   partial:NAMESPACE  hash: hash of a partial block -> its parent, the full block before it (32 bytes each), its number of
+--                   tokens (4 bytes), and what stands for all partial blocks of its parent in a removal (32 bytes)
+--   named:NAMESPACE and a name, set: hashes of the partial blocks that a removal of that name takes along
+--   stored:NAMESPACE, gone:NAMESPACE  sorted sets: hashes of partial blocks by the number of their store, and of those that
+--                   are gone, the last ones, by the number of their end; state has for each namespace changed:NAMESPACE, the
+--                   last such number, and forgotten:NAMESPACE, up to which gone:NAMESPACE lacks some
 --
 -- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
 -- FLUSHALL. A store says which removals its process knew of when the block was made; if the block was removed later, or
@@ -67,9 +73,53 @@ local function add_bytes(owner, size)
   end
 end
 
+-- What names a partial block in a removal, its own hash aside; nothing for a full one, whose place is ''.
+local function names_of(place)
+  if place == '' then
+    return {}
+  end
+  return { string.sub(place, 33, 64), string.sub(place, 69, 100) }
+end
+
+local function add_partial(name, hash, place)
+  redis.call('HSET', prefix .. 'partial:' .. name, hash, place)
+  for _, each in ipairs(names_of(place)) do
+    redis.call('SADD', prefix .. 'named:' .. name .. each, hash)
+  end
+  redis.call('ZADD', prefix .. 'stored:' .. name, text(now), hash)
+  redis.call('ZREM', prefix .. 'gone:' .. name, hash)
+  redis.call('HSET', STATE, 'changed:' .. name, text(now))
+end
+
+-- Whether it was a partial block, which is not in the index of these any more.
+local function drop_partial(name, hash)
+  local place = redis.call('HGET', prefix .. 'partial:' .. name, hash)
+  if not place then
+    return false
+  end
+  now = now + 1
+  for _, each in ipairs(names_of(place)) do
+    redis.call('SREM', prefix .. 'named:' .. name .. each, hash)
+  end
+  redis.call('HDEL', prefix .. 'partial:' .. name, hash)
+  redis.call('ZREM', prefix .. 'stored:' .. name, hash)
+  local gone = prefix .. 'gone:' .. name
+  redis.call('ZADD', gone, text(now), hash)
+  local surplus = redis.call('ZCARD', gone) - REMEMBERED_LOSSES
+  if surplus > 0 then
+    local newest = redis.call('ZRANGE', gone, surplus - 1, surplus - 1, 'WITHSCORES')
+    redis.call('HSET', STATE, 'forgotten:' .. name, text(tonumber(newest[2])))
+    redis.call('ZREMRANGEBYRANK', gone, 0, surplus - 1)
+  end
+  redis.call('PEXPIRE', gone, REMEMBERED_LOSSES_MS)
+  redis.call('HSET', STATE, 'changed:' .. name, text(now))
+  return true
+end
+
 -- The least recent entry of each owner, by owner; `victim` fills it in as needed.
 local candidates = {}
 
+-- Whether it was a full block.
 local function drop(member, entry)
   candidates[entry.owner] = nil
   local name, hash = space_of(member)
@@ -77,11 +127,15 @@ local function drop(member, entry)
   redis.call('ZREM', prefix .. 'lru:' .. entry.owner, member)
   redis.call('HDEL', prefix .. 'meta:' .. name, hash)
   add_bytes(entry.owner, -entry.size)
+  return not drop_partial(name, hash)
 end
 
--- As `drop`, of a block whose namespace's processes do not know that it goes: the next `state` of each of them reports it.
+-- As `drop`, of a block whose namespace's processes do not know that it goes: the next `state` of each of them reports it,
+-- if it was a full one.
 local function lose(member, entry)
-  drop(member, entry)
+  if not drop(member, entry) then
+    return
+  end
   local name, hash = space_of(member)
   local losses = prefix .. 'lost:' .. name
   now = now + 1
@@ -163,8 +217,11 @@ local function make_room(owner, size, limit, shares, evicted)
       return false
     end
     if space_of(evictable.member) == space then
-      drop(evictable.member, evictable.entry)
-      evicted[#evicted + 1] = string.sub(evictable.member, 17)
+      if drop(evictable.member, evictable.entry) then
+        evicted[#evicted + 1] = string.sub(evictable.member, 17)
+      else
+        evicted.others = evicted.others + 1
+      end
     else
       lose(evictable.member, evictable.entry)
       evicted.others = evicted.others + 1
@@ -198,6 +255,17 @@ local function expire(ttl)
   end
 end
 
+-- The index of partial blocks goes, which all processes notice.
+local function mend_partial(name)
+  for _, place in ipairs(redis.call('HVALS', prefix .. 'partial:' .. name)) do
+    for _, each in ipairs(names_of(place)) do
+      redis.call('DEL', prefix .. 'named:' .. name .. each)
+    end
+  end
+  redis.call('DEL', prefix .. 'partial:' .. name, prefix .. 'stored:' .. name, prefix .. 'gone:' .. name)
+  redis.call('HSET', STATE, 'changed:' .. name, text(now), 'forgotten:' .. name, text(now))
+end
+
 -- Where the server has taken a part of the index away, the whole of it goes; the blocks that it had expire.
 local function mend()
   local used, known, keys = 0, 0, {}
@@ -210,6 +278,9 @@ local function mend()
     keys[#keys + 1] = prefix .. 'meta:' .. name
   end
   if used ~= known then
+    for _, name in ipairs(redis.call('SMEMBERS', SPACES)) do
+      mend_partial(name)
+    end
     redis.call('DEL', BYTES, SPACES, unpack(keys))
     owned, total = {}, 0
     return 1
@@ -222,26 +293,56 @@ local function was_removed(member, seen)
   return number and tonumber(number) > seen
 end
 
+-- As `was_removed`, of any of the names.
+local function were_removed(names, seen)
+  for _, name in ipairs(names) do
+    if was_removed(space .. name, seen) then
+      return true
+    end
+  end
+  return false
+end
+
+-- Where a block lies that is there; '' for a full one, and nil for a partial one that a removal would not find, or that
+-- a process of an earlier version has left when it removed the block before it.
+local function place_of(hash, entry)
+  local place = redis.call('HGET', prefix .. 'partial:' .. space, hash)
+  if not place then
+    return ''
+  end
+  for _, name in ipairs(names_of(place)) do
+    if redis.call('SISMEMBER', prefix .. 'named:' .. space .. name, hash) == 0 then
+      return nil
+    end
+  end
+  return not were_removed(names_of(place), entry.number) and place or nil
+end
+
 local operations = {}
 
--- seen, bytes, time to live (ms), shares (JSON: owner -> [floor, quota or -1]); then hash, exact, owner, size, record of
--- each block. -> kept, refused for lack of room, refused as removed, evicted of other namespaces, evicted hashes
+-- seen, bytes, time to live (ms), shares (JSON: owner -> [floor, quota or -1]); then hash, exact, owner, size, record and
+-- place of each block, as in partial:NAMESPACE, '' for a full one. -> kept, refused for lack of room, refused as removed,
+-- evicted of other namespaces or partial, evicted hashes of others
 operations.store = function()
   local seen, limit, ttl = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
   local shares, evicted = cjson.decode(ARGV[7]), { others = 0 }
   local kept, no_room, removed = 0, 0, 0
   local cleared = tonumber(redis.call('HGET', STATE, 'cleared:' .. space) or 0)
   local floor = math.max(cleared, tonumber(redis.call('HGET', STATE, 'floor') or 0))
-  for at = #ARGV - 4, 8, -5 do
+  for at = #ARGV - 5, 8, -6 do
     local hash, exact, owner, size = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
-    local member = space .. hash
+    local member, place = space .. hash, ARGV[at + 5]
     local entry = present(member)
+    if entry and place_of(hash, entry) ~= place then
+      drop(member, entry)
+      entry = nil
+    end
     now = now + 1
     if entry and (entry.exact or exact == '0') then
       use(member, entry, now, ttl)
       candidates[entry.owner] = nil
       kept = kept + 1
-    elseif floor > seen or was_removed(member, seen) then
+    elseif floor > seen or was_removed(member, seen) or were_removed(names_of(place), seen) then
       removed = removed + 1
     else
       if entry then
@@ -253,6 +354,9 @@ operations.store = function()
         redis.call('ZREM', prefix .. 'lost:' .. space, hash)
         redis.call('HSET', prefix .. 'meta:' .. space, hash, table.concat({ exact, ARGV[at + 3], text(now), owner }, ':'))
         redis.call('ZADD', prefix .. 'lru:' .. owner, text(now), member)
+        if place ~= '' then
+          add_partial(space, hash, place)
+        end
         add_bytes(owner, size)
         candidates[owner] = nil
         kept = kept + 1
@@ -264,38 +368,56 @@ operations.store = function()
   return { kept, no_room, removed, evicted.others, evicted }
 end
 
--- time to live (ms), hashes: the first becomes the most recent. -> "exact:owner" of each, "" where it is not there
+-- time to live (ms), hashes: the first becomes the most recent. -> "exact:owner" of each full block, "2:" with place and
+-- owner of each partial one, "" where it is not there
 operations.use = function()
   allow_growth()
   local found = {}
   now = now + #ARGV - 4
   local first = now
   for at = 5, #ARGV do
-    local entry = present(space .. ARGV[at])
-    if entry then
-      use(space .. ARGV[at], entry, first - at + 5, tonumber(ARGV[4]))
+    local hash, described = ARGV[at], ''
+    local entry = present(space .. hash)
+    local place = entry and place_of(hash, entry)
+    if place then
+      use(space .. hash, entry, first - at + 5, tonumber(ARGV[4]))
+      described = (place ~= '' and '2:' .. place or entry.exact and '1:' or '0:') .. entry.owner
+    elseif entry then
+      lose(space .. hash, entry)
+    else
+      drop_partial(space, hash) -- which a process of an earlier version may have evicted
     end
-    found[at - 4] = entry and (entry.exact and '1' or '0') .. ':' .. entry.owner or ''
+    found[at - 4] = described
   end
   return found
 end
 
--- hashes -> how many were there. What others have of these blocks may be stored
+-- hashes -> how many full blocks were there. What others have of these blocks may be stored
 operations.drop = function()
   allow_growth()
   local count = 0
   for at = 4, #ARGV do
     local entry = present(space .. ARGV[at])
-    if entry then
-      drop(space .. ARGV[at], entry)
+    if entry and drop(space .. ARGV[at], entry) then
       count = count + 1
     end
   end
   return count
 end
 
--- hashes -> how many were there
+-- hashes and other names, which take partial blocks along -> how many full blocks were there
 operations.remove = function()
+  allow_growth()
+  if redis.call('EXISTS', prefix .. 'partial:' .. space) == 1 then
+    for at = 4, #ARGV do
+      for _, hash in ipairs(redis.call('SMEMBERS', prefix .. 'named:' .. space .. ARGV[at])) do
+        local entry = meta(space .. hash)
+        if entry then
+          drop(space .. hash, entry)
+        end
+      end
+    end
+  end
   local count = operations.drop()
   for at = 4, #ARGV do
     redis.call('ZADD', REMOVED, text(now), space .. ARGV[at])
@@ -309,7 +431,7 @@ operations.remove = function()
   return count
 end
 
--- number of the clear ("" to begin one), cursor -> number, next cursor, how many were removed
+-- number of the clear ("" to begin one), cursor -> number, next cursor, how many full blocks were removed
 operations.clear = function()
   allow_growth()
   local number = tonumber(ARGV[4])
@@ -321,8 +443,7 @@ operations.clear = function()
   for at = 1, #scan[2], 2 do
     local member = space .. scan[2][at]
     local entry = meta(member)
-    if entry and entry.number < number then
-      drop(member, entry)
+    if entry and entry.number < number and drop(member, entry) then
       count = count + 1
     end
   end
@@ -331,7 +452,8 @@ end
 
 -- time to live (ms), number of the last loss that the process knows of ("" for none), a key for a server that has none:
 -- forget what has expired, once in a while over all processes -> 1 where the index was begun anew, the number of the last
--- loss that is given or was before the first call, hashes of blocks that were lost after the one known, the server's key
+-- loss that is given or was before the first call, hashes of full blocks that were lost after the one known, the server's
+-- key, the number of the last change of partial blocks
 operations.state = function()
   allow_growth()
   local mended = 0
@@ -342,9 +464,10 @@ operations.state = function()
   end
   redis.call('HSETNX', STATE, 'key', ARGV[6])
   local key = redis.call('HGET', STATE, 'key')
+  local changed = redis.call('HGET', STATE, 'changed:' .. space) or '0'
   local known, losses = tonumber(ARGV[5]), {}
   if not known or known > now then
-    return { mended, text(now), losses, key }
+    return { mended, text(now), losses, key, changed }
   end
   local found = redis.call(
     'ZRANGEBYSCORE', prefix .. 'lost:' .. space, '(' .. text(known), '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
@@ -353,7 +476,38 @@ operations.state = function()
     losses[#losses + 1] = found[at]
     known = tonumber(found[at + 1])
   end
-  return { mended, text(known), losses, key }
+  return { mended, text(known), losses, key, changed }
+end
+
+-- the number up to which the process knows of partial blocks, 0 for none -> 1 where it has to forget these first, the number
+-- up to which this answers, 1 where there may be more, hash, place and owner of each block stored since, hashes of those gone
+operations.partial = function()
+  local known, stored, gone, number, more = tonumber(ARGV[4]), {}, {}, now, 0
+  local forget = known < tonumber(redis.call('HGET', STATE, 'forgotten:' .. space) or 0) or known > now
+  if forget then
+    known = 0
+  end
+  for key, hashes in pairs({ stored = stored, gone = gone }) do
+    local found = redis.call(
+      'ZRANGEBYSCORE', prefix .. key .. ':' .. space, '(' .. text(known), '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
+    )
+    for at = 1, #found, 2 do
+      hashes[#hashes + 1] = found[at]
+    end
+    if #found == 2 * REPORTED_AT_ONCE then
+      number, more = math.min(number, tonumber(found[#found])), 1
+    end
+  end
+  local described = {}
+  for _, hash in ipairs(stored) do
+    local entry, place = meta(space .. hash), redis.call('HGET', prefix .. 'partial:' .. space, hash)
+    if entry and place then
+      described[#described + 1] = hash
+      described[#described + 1] = place
+      described[#described + 1] = entry.owner
+    end
+  end
+  return { forget and 1 or 0, text(number), more, described, gone }
 end
 
 local all = redis.call('HGETALL', BYTES)

@@ -110,12 +110,15 @@ class BlockServer:
         return found
 
     def scan(self, cursor: int) -> tuple[list[bytes], int]:
-        """Some of the blocks of the index, and the cursor of the next ones; both begin and end with 0."""
+        """Some of the full blocks of the index, and the cursor of the next ones; both begin and end with 0."""
         command = ("HSCAN", self._prefix + b"meta:" + self._space, cursor, "COUNT", _SCANNED_AT_ONCE)
 
         def read() -> tuple[list[bytes], int]:
             following, found = self._run(command)[0]
-            return list(found), int(following)
+            hashes = list(found)
+            partial = self._run(("HMGET", self._prefix + b"partial:" + self._space, *hashes))[0] if hashes else ()
+            full = [each for each, place in zip(hashes, partial, strict=True) if place is None]
+            return full, int(following)
 
         result: tuple[list[bytes], int] = self._guarded(read)
         return result

@@ -1,6 +1,7 @@
 """The remote tier: blocks in a Redis or Valkey server, which any number of processes on any machines share.
 
-The server keeps the index; this process has none. So a look-up needs a round trip, and is answered later, by `query`.
+The server keeps the index. So a look-up needs a round trip, and is answered later, by `query`. Of partial blocks alone,
+which are few and large, each process has an index in memory, and follows what the server says of their changes.
 No method raises for a server that is hung, slow, dead, full or restarted: it is counted, the blocks count as missing,
 and the breaker leaves the server alone until a probe by `refresh` is answered. docs/cache.md says what that costs.
 """
@@ -8,6 +9,7 @@ and the breaker leaves the server alone until a probe by `refresh` is answered. 
 import json
 import logging
 import secrets
+import struct
 import threading
 import time
 from collections import Counter
@@ -15,10 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from emberkv.core.hashing import partial_siblings_hash
 from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.base import RemovalResult, StoreResult, Tier, TierEntry
+from emberkv.tiers.partial import PartialIndex, PartialPlace
 from emberkv.tiers.remote.server import PREFIX, BlockServer, ServerAddress
 from emberkv.tiers.stats import ErrorCounts, TierStats
 from emberkv.tiers.store_id import ID_BYTES, kept_id
@@ -29,6 +33,10 @@ ENTRY_BYTES = 640
 """Counted for each block beside its record: what a server keeps for its keys and its places in the index (measured with
 Redis 7.0: 592 bytes)."""
 
+PARTIAL_BYTES = 1000
+"""Counted for a partial block besides, for its places in the index of these (measured with Redis 7.0: 530 to 970 bytes,
+the more the fewer partial blocks follow the same block)."""
+
 LOOKUP_SECONDS = 0.25
 REFRESH_SECONDS = 0.5
 DEFAULT_TTL_SECONDS = 86_400.0
@@ -38,6 +46,10 @@ _STORED_AT_ONCE = 8 * 2**20
 
 FIRST_LOOKED_UP, MORE_LOOKED_UP = 64, 8
 """Blocks looked up in the first round trip, and by what factor the later ones ask for more: a query stops at a miss."""
+
+_PLACE = struct.Struct("<32s32sI32s")
+"""A partial block's parent, the full block before it, its tokens, and what stands for all with its parent in a removal,
+as ``blocks.lua`` takes them apart."""
 
 NOT_REACHED = "the server does not answer; they are removed when it does, unless this process is restarted before"
 
@@ -54,6 +66,7 @@ class RemoteTier(Tier):
 
     refresh_seconds = REFRESH_SECONDS
     is_scanned = True
+    keeps_partial = True
 
     def __init__(
         self,
@@ -85,7 +98,7 @@ class RemoteTier(Tier):
         )
         self._errors = ErrorCounts(logger, f"{name} tier")
         self._server = BlockServer(address, sha256(namespace).digest()[:16], self._errors, prefix=prefix, clock=clock)
-        self._lock = threading.Lock()  # the counters and what is to be removed
+        self._lock = threading.Lock()  # the counters, what is to be removed, and the index of partial blocks
         self._skipped: Counter[str] = Counter()
         self._evictions = 0
         self._unremoved: set[bytes] = set()
@@ -93,6 +106,11 @@ class RemoteTier(Tier):
         self._had_blocks = self._was_emptied = False  # of this model, by stores and refreshes
         self._last_loss: bytes | str = ""  # the number of the last loss that the server has reported
         self._lost: list[bytes] = []
+        self._partial = PartialIndex()
+        self._partial_owners: dict[bytes, str] = {}
+        self._partial_known = 0  # the number up to which the index follows the server's; 0: it is to be read anew
+        self._partial_changed = b""  # the number of the last change when it was read
+        self._server_key = b""
 
     def connect(self) -> "RemoteTier":
         """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
@@ -116,8 +134,22 @@ class RemoteTier(Tier):
         return self._server.contents.clock
 
     def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
-        """Nothing is known without a round trip."""
-        return 0
+        """Of full blocks nothing is known without a round trip."""
+        if not self._server.breaker.is_closed:
+            return 0
+        for position, block_hash in enumerate(block_hashes):
+            if self._partial.place(block_hash) is None or self._is_hidden(block_hash):
+                return position
+        return len(block_hashes)
+
+    def partial_counts(self, parent: bytes) -> list[int]:
+        return self._partial.counts(parent)
+
+    def partial_place(self, block_hash: bytes) -> PartialPlace | None:
+        return self._partial.place(block_hash)
+
+    def partial_owner(self, block_hash: bytes) -> str | None:
+        return self._partial_owners.get(block_hash)
 
     def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         hidden = not self._server.breaker.is_closed or self._is_hidden(block_hash)
@@ -154,7 +186,9 @@ class RemoteTier(Tier):
         except RemoteTierError:
             return missing
         entries = map(self._entry, block_hashes, described, records)
-        return [None if entry is None or self._is_hidden(entry.block_hash) else entry for entry in entries]
+        return [
+            None if entry is None or self._is_hidden(entry.block_hash, entry.partial) else entry for entry in entries
+        ]
 
     def touch(self, block_hashes: Sequence[bytes]) -> None:
         if block_hashes and self._server.breaker.is_closed:
@@ -163,12 +197,14 @@ class RemoteTier(Tier):
     def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> StoreResult:
         known = self.removals_seen if seen is None else seen
         evicted: list[bytes] = []
-        fitting = [entry for entry in entries if len(entry.data) + ENTRY_BYTES <= self._max_bytes]
+        fitting = [entry for entry in entries if _size(entry) <= self._max_bytes]
         self._skip("too large", len(entries) - len(fitting))
         count = 0
         for batch in reversed(list(self._batches(fitting))):
             count += self._store(batch, known, evicted)
         self._had_blocks |= count > 0
+        if any(entry.partial is not None for entry in fitting) and self._server.breaker.is_closed:
+            self._follow_partial()
         return StoreResult(count, evicted)
 
     def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> RemovalResult:
@@ -179,14 +215,14 @@ class RemoteTier(Tier):
         if not wanted:
             return RemovalResult()
         if not remember:
+            self._forget_partial(wanted)
             return RemovalResult((self._try("drop", *wanted) if self._server.breaker.is_closed else None) or 0)
         with self._lock:
             self._unremoved.update(wanted)
         count = self._try("remove", *wanted) if self._server.breaker.is_closed else None
         if count is None:
             return RemovalResult(0, len(wanted), NOT_REACHED)
-        with self._lock:
-            self._unremoved.difference_update(wanted)
+        self._removed(wanted)
         return RemovalResult(count)
 
     def clear(self) -> RemovalResult:
@@ -202,8 +238,8 @@ class RemoteTier(Tier):
         return RemovalResult(0, before, NOT_REACHED)
 
     def refresh(self) -> None:
-        """Forget what has expired. Where the server has failed, try it: it is used again once it answers and what was
-        to be removed is.
+        """Forget what has expired, and follow the changes of partial blocks. Where the server has failed, try it: it is
+        used again once it answers and what was to be removed is.
         """
         if not (self._server.breaker.is_closed or self._server.breaker.begin_probe()):
             return
@@ -211,6 +247,7 @@ class RemoteTier(Tier):
             self._remove_left()
             self._call_state()
         except RemoteTierError:
+            self._partial_known, self._partial_changed = 0, b""
             return
         has_blocks = self._server.contents.own_entries > 0
         self._was_emptied |= self._had_blocks and not has_blocks
@@ -246,13 +283,22 @@ class RemoteTier(Tier):
     def close(self) -> None:
         self._server.close()
 
-    def _is_hidden(self, block_hash: bytes) -> bool:
-        return self._uncleared or block_hash in self._unremoved
+    def _is_hidden(self, block_hash: bytes, place: PartialPlace | None = None) -> bool:
+        """place: of a partial block; None: as the index has it."""
+        unremoved = self._unremoved
+        if self._uncleared or block_hash in unremoved:
+            return True
+        place = place or (self._partial.place(block_hash) if unremoved else None)
+        return place is not None and place.is_removed_with(unremoved)
 
     def _entry(self, block_hash: bytes, described: bytes, record: bytes | None) -> TierEntry | None:
         if record is None or not described:
             return None
-        return TierEntry(block_hash, described[2:].decode(), record, described[:1] == b"1")
+        kind, described = described[:1], described[2:]
+        if kind != b"2":
+            return TierEntry(block_hash, described.decode(), record, kind == b"1")
+        place, owner = described[: _PLACE.size], described[_PLACE.size :]
+        return TierEntry(block_hash, owner.decode(), record, partial=_decoded_place(place))
 
     def _batches(self, entries: Sequence[TierEntry]) -> Iterator[list[TierEntry]]:
         batch: list[TierEntry] = []
@@ -290,8 +336,8 @@ class RemoteTier(Tier):
     def _send(self, entries: Sequence[TierEntry], seen: int, evicted: list[bytes]) -> int:
         blocks: list[object] = []
         for entry in entries:
-            size = len(entry.data) + ENTRY_BYTES
-            blocks += [entry.block_hash, int(entry.exact), entry.owner, size, entry.data]
+            place = _encoded_place(entry.partial)
+            blocks += [entry.block_hash, int(entry.exact), entry.owner, _size(entry), entry.data, place]
         kept, no_room, removed, others, own = self._server.call(
             "store", seen, self._max_bytes, self._ttl_ms, self._shares, *blocks
         )
@@ -303,13 +349,60 @@ class RemoteTier(Tier):
         return int(kept)
 
     def _call_state(self) -> None:
-        """Ask the server which blocks it has lost since the last time, and which server it is."""
+        """Ask the server which blocks it has lost since the last time, and which server it is; follow its index of
+        partial blocks.
+        """
         arguments = self._ttl_ms, self._last_loss, self._draw(ID_BYTES)
-        is_new_index, self._last_loss, lost, key = self._server.call("state", *arguments)
+        is_new_index, self._last_loss, lost, key, changed = self._server.call("state", *arguments)
         self._lost += lost
         self.store_id = kept_id(key, self._namespace)
         if is_new_index:
             self._errors.count("index lost")
+        if key != self._server_key:  # it was emptied, say, and knows nothing of what it had
+            self._partial_known, self._server_key = 0, key
+        if changed != self._partial_changed or not self._partial_known:
+            self._read_partial()
+            self._partial_changed = changed
+
+    def _follow_partial(self) -> None:
+        """Take in what has just been stored, if the server answers."""
+        try:
+            self._read_partial()
+        except RemoteTierError:
+            self._partial_known = 0
+
+    def _read_partial(self) -> None:
+        """Take in what has changed in the server's index of partial blocks, or all of it."""
+        more = 1
+        while more:
+            forget, number, more, stored, gone = self._server.call("partial", self._partial_known)
+            with self._lock:
+                if forget or not self._partial_known:
+                    self._partial.clear()
+                    self._partial_owners.clear()
+                for block_hash in (*gone, *stored[::3]):
+                    self._discard_partial(block_hash)
+                for block_hash, place, owner in zip(stored[::3], stored[1::3], stored[2::3], strict=True):
+                    self._partial.add(block_hash, _decoded_place(place))
+                    self._partial_owners[block_hash] = owner.decode()
+            self._partial_known = int(number)
+
+    def _forget_partial(self, names: Sequence[bytes]) -> None:
+        with self._lock:
+            for block_hash in names:
+                self._discard_partial(block_hash)
+
+    def _discard_partial(self, block_hash: bytes) -> None:
+        """The caller holds the lock."""
+        self._partial.discard(block_hash)
+        self._partial_owners.pop(block_hash, None)
+
+    def _removed(self, names: Sequence[bytes]) -> None:
+        """The server has removed what these name."""
+        with self._lock:
+            for block_hash in (*names, *self._partial.removed_with(names)):
+                self._discard_partial(block_hash)
+            self._unremoved.difference_update(names)
 
     def _remove_left(self) -> None:
         with self._lock:
@@ -318,8 +411,7 @@ class RemoteTier(Tier):
             self._clear()
         if left:
             self._server.call("remove", *left)
-            with self._lock:
-                self._unremoved.difference_update(left)
+            self._removed(left)
 
     def _clear(self) -> int:
         number: bytes | str = ""
@@ -331,6 +423,9 @@ class RemoteTier(Tier):
             if int(cursor) == 0:
                 break
         with self._lock:
+            self._partial.clear()
+            self._partial_owners.clear()
+            self._partial_known = 0  # what others have stored since is read again
             self._uncleared = False
         return total
 
@@ -345,3 +440,19 @@ class RemoteTier(Tier):
         if blocks:
             with self._lock:
                 self._skipped[reason] += blocks
+
+
+def _size(entry: TierEntry) -> int:
+    """What it counts in the server."""
+    return len(entry.data) + ENTRY_BYTES + (PARTIAL_BYTES if entry.partial is not None else 0)
+
+
+def _encoded_place(place: PartialPlace | None) -> bytes:
+    if place is None:
+        return b""
+    return _PLACE.pack(place.parent, place.previous, place.count, partial_siblings_hash(place.parent))
+
+
+def _decoded_place(data: bytes) -> PartialPlace:
+    parent, previous, count, _ = _PLACE.unpack(data)
+    return PartialPlace(parent, previous, count)

@@ -1,0 +1,216 @@
+"""Partial blocks in the remote tier over a real server: each process knows which there are, and removals are final."""
+
+from collections.abc import Iterable
+from hashlib import sha256
+
+import pytest
+
+from emberkv.core.hashing import partial_siblings_hash
+from emberkv.core.loading import BlockRun, StoredPartial
+from emberkv.tiers.base import RemovalResult, TierEntry
+from emberkv.tiers.manager import OffloadedBlock, TierManager
+from emberkv.tiers.remote.server import PREFIX
+from emberkv.tiers.remote.tier import ENTRY_BYTES, NOT_REACHED, PARTIAL_BYTES, RemoteTier
+from tests.tiers.build import NAMESPACE, checkpoint, entry_of, fetched
+from tests.tiers.harness import Clock
+from tests.tiers.redis_process import RedisProcess, needs_server
+from tests.tiers.remote_tier import BLOCKS, ENTRIES, IDS, LARGE, SIZE, comes_back, opened, refreshed
+from tests.waiting import DEADLINE, eventually
+
+pytestmark = needs_server
+
+SPACE = sha256(NAMESPACE).digest()[:16]
+SHORT, LONG = checkpoint(BLOCKS[0], 2), checkpoint(BLOCKS[0], 3)
+PRIVATE = OffloadedBlock(
+    checkpoint(BLOCKS[0], 3, salt=b"ann").record, "ann", checkpoint(BLOCKS[0], 3, salt=b"ann").partial
+)
+ALL = [SHORT, LONG, PRIVATE]
+PARENTS = [IDS[0], PRIVATE.record.parent]
+
+
+def hash_of(block: OffloadedBlock) -> bytes:
+    return block.record.block_hash
+
+
+def stored(blocks: Iterable[OffloadedBlock] = ALL) -> list[TierEntry]:
+    return [ENTRIES[0], *map(entry_of, blocks)]
+
+
+def there(tier: RemoteTier) -> list[bool]:
+    """Which of `ALL` the server gives."""
+    return [entry is not None for entry in tier.load([hash_of(each) for each in ALL])]
+
+
+def counts(tier: RemoteTier) -> list[list[int]]:
+    return [sorted(tier.partial_counts(parent)) for parent in PARENTS]
+
+
+def test_what_one_process_stores_another_finds_without_a_look_up(server: RedisProcess) -> None:
+    first, second = opened(server), opened(server)
+    assert first.store(stored()).count == 4
+    assert (counts(first), counts(second)) == ([[2, 3], [3]], [[], []])
+    second.refresh()
+    third = opened(server)
+    for tier in (second, third):
+        assert counts(tier) == [[2, 3], [3]]
+        assert tier.lookup([hash_of(LONG), hash_of(SHORT), IDS[0]], exact=True) == 2
+        assert tier.load([hash_of(each) for each in ALL]) == [entry_of(each) for each in ALL]
+        assert [tier.partial_place(hash_of(each)) for each in ALL] == [each.partial for each in ALL]
+        assert [tier.partial_owner(hash_of(each)) for each in (SHORT, PRIVATE)] == ["", "ann"]
+        assert tier.scan(0) == ([IDS[0]], None)
+    assert third.stats().bytes == SIZE + sum(len(entry_of(each).data) + ENTRY_BYTES + PARTIAL_BYTES for each in ALL)
+    manager = TierManager([third], namespace=NAMESPACE, queue_bytes=LARGE, start=False)
+    found = manager.find_partial(IDS[0], lambda: LONG.record.tokens, range(1, 4))
+    assert found == StoredPartial("remote", hash_of(LONG), 3, None)
+
+
+def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess) -> None:
+    writer, reader = opened(server), opened(server)
+    writer.store(stored([SHORT]))
+    reader.refresh()
+    known = int(server.client().info("commandstats")["cmdstat_zrangebyscore"]["calls"])
+    reader.refresh()
+    assert int(server.client().info("commandstats")["cmdstat_zrangebyscore"]["calls"]) - known <= 2, "of losses alone"
+    writer.store(stored([LONG]))
+    writer.remove([hash_of(SHORT)])
+    reader.refresh()
+    assert counts(reader) == [[3], []]
+
+
+def test_all_are_read_however_many_there_are(server: RedisProcess) -> None:
+    many = [checkpoint(block, count, payload_bytes=1) for block in BLOCKS for count in range(1, 401)]
+    opened(server).store([entry_of(each) for each in many])
+    reader = opened(server)
+    assert [len(reader.partial_counts(block)) for block in IDS] == [400] * len(BLOCKS)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize(
+    ("named", "left", "full"),
+    [
+        (IDS[0], [], 1),
+        (partial_siblings_hash(IDS[0]), [PRIVATE], 0),
+        (partial_siblings_hash(PRIVATE.record.parent), [SHORT, LONG], 0),
+        (hash_of(LONG), [SHORT, PRIVATE], 0),
+        (IDS[1], ALL, 0),
+    ],
+    ids=["the block before", "its parent", "its salted parent", "itself", "another block"],
+)
+def test_a_removal_takes_along_what_it_names_and_refuses_older_stores(
+    server: RedisProcess, named: bytes, left: list[OffloadedBlock], full: int, is_known: bool
+) -> None:
+    """Whether or not the process that removes has heard of them."""
+    writer, remover = opened(server), opened(server)
+    writer.store(stored())
+    seen = writer.removals_seen
+    if is_known:
+        remover.refresh()
+    assert remover.remove([named]) == RemovalResult(full)
+    assert [each for each in ALL if remover.lookup([hash_of(each)])] == (left if is_known else [])
+    assert there(writer) == [each in left for each in ALL]
+    writer.refresh()
+    assert [each for each in ALL if writer.lookup([hash_of(each)])] == left
+    assert writer.store([entry_of(each) for each in ALL], seen=seen).count == len(left)
+    assert writer.stats().skipped == ({"removed meanwhile": 3 - len(left)} if left != ALL else {})
+    assert writer.store([entry_of(each) for each in ALL]).count == 3
+    assert [len(each) for each in counts(writer)] == [2, 1]
+
+
+def test_what_is_cleared_is_gone_and_what_is_stored_then_is_found(server: RedisProcess) -> None:
+    first, second = opened(server), opened(server)
+    first.store(stored())
+    second.refresh()
+    assert second.clear() == RemovalResult(1)
+    assert (counts(second), there(first), server.client().keys(b"*named:*")) == ([[], []], [False] * 3, [])
+    first.refresh()
+    first.store(stored([LONG]))
+    second.refresh()
+    assert (counts(first), counts(second)) == ([[3], []], [[3], []])
+
+
+def test_one_whose_index_lacks_a_part_is_not_served(server: RedisProcess) -> None:
+    """A removal would not find it."""
+    tier = opened(server)
+    tier.store(stored())
+    server.client().delete(PREFIX + b"named:" + SPACE + partial_siblings_hash(IDS[0]))
+    assert there(tier) == [False, False, True]
+    tier.refresh()
+    assert counts(tier) == [[], [3]]
+
+
+def test_one_is_not_served_behind_a_block_that_an_earlier_version_has_removed(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(stored())
+    server.client().zadd(PREFIX + b"removed", {SPACE + IDS[0]: tier.removals_seen + 1})
+    assert there(tier) == [False] * 3
+    tier.refresh()
+    assert counts(tier) == [[], []]
+
+
+def test_one_is_evicted_in_its_turn_and_no_event_tells_of_it(server: RedisProcess) -> None:
+    size = len(entry_of(LONG).data) + ENTRY_BYTES + PARTIAL_BYTES
+    tier, other = opened(server, max_bytes=size + SIZE), opened(server)
+    assert tier.store([entry_of(LONG)]).evicted == []
+    other.refresh()
+    assert tier.store(ENTRIES[:2]).evicted == []
+    assert tier.stats().evictions == 1
+    assert (refreshed(tier).entries, counts(tier), other.lost_blocks()) == (2, [[], []], [])
+    other.refresh()
+    assert counts(other) == [[], []]
+
+
+def test_one_that_is_not_used_for_its_time_to_live_is_gone_and_is_no_loss_of_a_block(server: RedisProcess) -> None:
+    tier = opened(server, ttl_seconds=0.05)
+    tier.store([entry_of(LONG)])
+    eventually(lambda: not refreshed(tier).entries)
+    assert (counts(tier), tier.lost_blocks()) == ([[], []], [])
+    assert server.client().keys(b"*named:*") == []
+
+
+def test_a_server_that_was_emptied_has_none(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(stored())
+    server.client().flushall()
+    tier.refresh()
+    assert counts(tier) == [[], []]
+    tier.store(stored([LONG]))
+    assert counts(tier) == [[3], []]
+
+
+def test_where_a_part_of_the_index_is_gone_all_of_these_are(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(stored())
+    server.client().delete(PREFIX + b"lru:ann")
+    eventually(lambda: not refreshed(tier).entries)
+    assert (counts(tier), there(tier), server.client().keys(b"*named:*")) == ([[], []], [False] * 3, [])
+    tier.store(stored())
+    assert counts(tier) == [[2, 3], [3]]
+
+
+def test_one_whose_removal_waits_for_the_server_is_not_found_meanwhile(server: RedisProcess) -> None:
+    clock = Clock()
+    tier, other = opened(server, clock=clock), opened(server)
+    tier.store(stored())
+    server.freeze()
+    assert tier.query(IDS) == 0  # which finds out that the server is away
+    assert tier.remove(IDS[:1]) == RemovalResult(0, 1, NOT_REACHED)
+    assert tier.lookup([hash_of(LONG)]) == 0
+    server.thaw()
+    other.store(stored([]))
+    comes_back(tier, clock)
+    assert (counts(tier), there(other)) == ([[], []], [False] * 3)
+
+
+def test_a_damaged_one_is_refused_and_removed(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store([entry_of(LONG)])
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
+    runs = [BlockRun("remote", 1, None)]
+    assert fetched(manager, [LONG.record], runs, partial=LONG.partial) == [LONG.record]
+    server.client().set(PREFIX + b"b:" + SPACE + hash_of(LONG), entry_of(SHORT).data)
+    assert fetched(manager, [LONG.record], runs, partial=LONG.partial) == [None]
+    assert (counts(tier), manager.stats()["remote"].corrupt) == ([[], []], {"hash": 1})
+    manager.offload([LONG])
+    assert manager.flush(DEADLINE)
+    assert fetched(manager, [LONG.record], runs, partial=LONG.partial) == [LONG.record]
+    assert manager.close(DEADLINE)
