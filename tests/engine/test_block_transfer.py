@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from emberkv.core.block_pool import BlockPool
+from emberkv.core.checkpoints import CheckpointKind
 from emberkv.core.hashing import TokenChain, partial_hash, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
@@ -302,7 +303,7 @@ def test_a_public_prefix_s_checkpoint_is_exported_as_the_tenant_s_own(start: Sta
     for position, block in enumerate(blocks):
         first.executor.pool.write_block(block.block_id, bytes([position]) * first.executor.pool.block_bytes)
     first.pool.commit(blocks[0], whole, 0, exact=True)
-    assert first.pool.commit_partial(blocks[1], whole, 1, 3)
+    assert first.pool.commit_partial(blocks[1], whole, 1, 3, CheckpointKind.BRANCH)
     first.pool.free(blocks)
     ours = chain(SHORT, 1)
     checkpoint = first.export_checkpoint(ours, 1)
@@ -311,7 +312,8 @@ def test_a_public_prefix_s_checkpoint_is_exported_as_the_tenant_s_own(start: Sta
     tokens = ours.encoded_slice(4, 7)
     kept = second.pool.lookup(partial_hash(ours.parent(1), tokens))
     assert kept is not None
-    assert (kept.owner, second.pool.lookup(partial_hash(whole.parent(1), tokens))) == ("ann", None)
+    assert (kept.owner, kept.keep_when_extended) == ("ann", True)
+    assert second.pool.lookup(partial_hash(whole.parent(1), tokens)) is None
 
 
 @pytest.mark.parametrize(

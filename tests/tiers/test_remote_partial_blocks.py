@@ -77,6 +77,22 @@ def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess) -> 
     assert counts(reader) == [[3], []]
 
 
+def test_a_process_that_is_too_far_behind_reads_all_anew(server: RedisProcess) -> None:
+    """The server remembers the last ones that are gone, and up to which number it does not."""
+    writer, reader = opened(server), opened(server)
+    writer.store(stored([SHORT, LONG]))
+    reader.refresh()
+    writer.remove([hash_of(SHORT)])
+    client, gone = server.client(), PREFIX + b"gone:" + SPACE
+    ((_, number),) = client.zrange(gone, 0, -1, withscores=True)
+    client.delete(gone)
+    reader.refresh()
+    assert counts(reader) == [[2, 3], []]
+    client.hset(PREFIX + b"state", mapping={b"forgotten:" + SPACE: int(number) + 10**7, b"changed:" + SPACE: "1"})
+    reader.refresh()
+    assert counts(reader) == [[3], []]
+
+
 def test_all_are_read_however_many_there_are(server: RedisProcess) -> None:
     many = [checkpoint(block, count, payload_bytes=1) for block in BLOCKS for count in range(1, 401)]
     opened(server).store([entry_of(each) for each in many])
