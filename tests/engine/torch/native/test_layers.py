@@ -113,6 +113,25 @@ def test_a_row_has_the_same_bits_among_any_other_rows(kernels: Kernels, dtype: t
         assert torch.equal(layer(inputs[start:stop]), whole[start:stop])
 
 
+@pytest.mark.parametrize("rest", range(4))
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+def test_a_few_rows_have_the_same_bits_where_panels_are_multiplied_at_once(
+    kernels: Kernels, dtype: torch.dtype, kind: str, rest: int
+) -> None:
+    outputs = (16 + rest) * kernels.columns - 3  # of so many, one thread takes up to 4 panels at once
+    first, second = weights(outputs, 64, dtype), weights(outputs, 64, dtype, 1)
+    layer = (
+        NativeLinear(kernels, first, first[:, 0])
+        if kind == "linear"
+        else NativeGatedPair(kernels, first, second, 1, (first[:, 0], second[:, 0]))
+    )
+    layer.call.threads = 1
+    inputs = weights(7, 64, dtype, 2)
+    whole = layer(inputs)
+    for rows in range(1, 6):
+        assert torch.equal(layer(inputs[2 : 2 + rows]), whole[2 : 2 + rows])
+
+
 @pytest.mark.parametrize(
     ("arch", "linears", "pairs", "norms"),
     [("llama", 16, 3, 7), ("gemma2", 11, 2, 9), ("phi3", 7, 2, 5), ("qwen3", 16, 3, 13), ("gpt2", 9, 0, 0)],

@@ -37,6 +37,21 @@ constexpr bool WIDENS = false;  // whether inputs in bf16 are widened to fp32 be
 constexpr bool WIDENS = true;
 #endif
 
+constexpr int FEW_ROWS = 4;  // for which it does not pay to widen weights in advance
+
+#if defined(__AVX512F__)
+constexpr int SUMS = 24;  // vectors of a product with few rows that registers have room for
+#else
+constexpr int SUMS = 12;
+#endif
+
+// Panels, of COLUMNS outputs each, whose products with so few rows are computed at once. A sum waits for the multiplication
+// before it, so a processor that computes one panel's alone waits more than it multiplies, and memory waits with it.
+inline int panels_at_once(const LinearCall& call, int rows) {
+    const int room = call.bits ? 1 : SUMS / (VECTORS * std::max(1, rows));
+    return room >= 4 ? 4 : room >= 2 ? 2 : 1;
+}
+
 // Rows as products take them.
 struct PreparedRows {
     RoundedRows rounded;   // where weights are quantised
@@ -44,12 +59,18 @@ struct PreparedRows {
     int64_t stride;        // bytes between plain ones
 };
 
+// sums: [rows, panels * COLUMNS]. panels: as `panels_at_once` allows.
 template <class Arithmetic, class Weight>
-void multiply_plain(const PreparedRows& inputs, int first, int rows, const Weight* weight, int units, float* sums) {
+void multiply_plain(
+    const PreparedRows& inputs, int first, int rows, const Weight* weight, int units, int panels, float* sums
+) {
     using Unit = typename Arithmetic::Unit;
     const Unit* begin = reinterpret_cast<const Unit*>(inputs.plain + first * inputs.stride);
     const int stride = int(inputs.stride / int64_t(sizeof(Unit)));
-    multiply_rows<Arithmetic, VECTORS>(begin, rows, stride, Packed<Weight>{weight, units}, units, sums, COLUMNS);
+    const Packed<Weight> factor{weight, units};
+    if (panels == 4) return multiply_panels<Arithmetic, 4, 1>(begin, rows, stride, factor, units, sums);
+    if (panels == 2) return multiply_panels<Arithmetic, 2, 3>(begin, rows, stride, factor, units, sums);
+    multiply_rows<Arithmetic, VECTORS>(begin, rows, stride, factor, units, sums, COLUMNS);
 }
 
 // Weights in bf16 are widened as well, some at a time for all rows. The same sums in the same order as `multiply_plain`'s.
@@ -78,50 +99,89 @@ void multiply_widened(const PreparedRows& inputs, int first, int rows, const uin
     }
 }
 
-// sums: [rows, COLUMNS], of the ``index``-th COLUMNS outputs of the weight.
-inline void multiply(const LinearCall& call, const PreparedRows& inputs, int64_t index, int first, int rows, float* sums) {
-    constexpr int FEW_ROWS = 4;  // for which it does not pay to widen weights in advance
+// sums: [rows, panels * COLUMNS], of ``panels`` panels of the weight from the ``index``-th on.
+inline void multiply(
+    const LinearCall& call, const PreparedRows& inputs, int64_t index, int panels, int first, int rows, float* sums
+) {
     if (call.bits) return multiply_quantized(inputs.rounded, first, rows, QuantizedColumns(call, index), sums);
     if (call.type == FP32) {
         const float* weight = static_cast<const float*>(call.weight) + index * call.in * COLUMNS;
-        return multiply_plain<SinglePrecision>(inputs, first, rows, weight, call.in, sums);
+        return multiply_plain<SinglePrecision>(inputs, first, rows, weight, call.in, panels, sums);
     }
     const int units = call.in / 2;
     const uint32_t* weight = static_cast<const uint32_t*>(call.weight) + index * units * COLUMNS;
     if (WIDENS && rows > FEW_ROWS) return multiply_widened(inputs, first, rows, weight, units, sums);
-    multiply_plain<Bf16Pairs>(inputs, first, rows, weight, units, sums);
+    multiply_plain<Bf16Pairs>(inputs, first, rows, weight, units, panels, sums);
 }
 
-inline void linear_unit(const LinearCall& call, const PreparedRows& inputs, int64_t group, int first, int rows) {
+// The outputs of ``panels`` panels of the weight from the ``index``-th on; gated ones are pairs of a gate's and its values'.
+inline void linear_unit(
+    const LinearCall& call, const PreparedRows& inputs, int64_t index, int panels, int first, int rows
+) {
     const bool gated = call.activation != NONE;
-    const int layers = gated ? 2 : 1;
-    const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
-    const float* bias = call.bias ? call.bias + group * layers * COLUMNS : nullptr;
-    alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
-    multiply(call, inputs, group * layers, first, rows, sums);
-    if (gated) multiply(call, inputs, group * layers + 1, first, rows, ups);
-    for (int row = 0; row < rows; row++) {
-        float* sum = sums + row * COLUMNS;
-        for (int c = 0; c < COLUMNS; c += LANES) {
-            Floats value = load<Floats>(sum + c);
-            if (bias) value += load<Floats>(bias + c);
-            if (gated) {
-                Floats up = load<Floats>(ups + row * COLUMNS + c);
-                if (bias) up += load<Floats>(bias + COLUMNS + c);
-                value = gated_by(value, up, call);
+    const int layers = gated ? 2 : 1, beside = panels_at_once(call, rows);
+    alignas(64) float sums[2 * BATCH * COLUMNS];
+    int row_stride = COLUMNS, panel_stride = BATCH * COLUMNS;
+    if (beside >= panels) {
+        row_stride = panels * COLUMNS, panel_stride = COLUMNS;
+        multiply(call, inputs, index, panels, first, rows, sums);
+    } else {
+        for (int p = 0; p < panels; p++) multiply(call, inputs, index + p, 1, first, rows, sums + p * panel_stride);
+    }
+    for (int p = 0; p < panels; p += layers) {
+        const int64_t column = (index + p) / layers * COLUMNS;
+        const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - column));
+        const float* bias = call.bias ? call.bias + (index + p) * COLUMNS : nullptr;
+        for (int row = 0; row < rows; row++) {
+            float* sum = sums + row * row_stride + p * panel_stride;
+            for (int c = 0; c < COLUMNS; c += LANES) {
+                Floats value = load<Floats>(sum + c);
+                if (bias) value += load<Floats>(bias + c);
+                if (gated) {
+                    Floats up = load<Floats>(sum + panel_stride + c);
+                    if (bias) up += load<Floats>(bias + COLUMNS + c);
+                    value = gated_by(value, up, call);
+                }
+                store(sum + c, value);
             }
-            store(sum + c, value);
+            const int64_t at = int64_t(first + row) * call.out_features + column;
+            narrow(sum, Type(call.type), columns, static_cast<char*>(call.out) + at * (call.type == FP32 ? 4 : 2));
         }
-        const int64_t at = int64_t(first + row) * call.out_features + group * COLUMNS;
-        narrow(sum, Type(call.type), columns, static_cast<char*>(call.out) + at * (call.type == FP32 ? 4 : 2));
     }
 }
 
-inline int batches_of(const LinearCall& call) { return (call.rows + BATCH - 1) / BATCH; }
+// How a layer is cut into units of work: ``width`` times COLUMNS outputs of a batch of rows each.
+class Units {
+public:
+    // most: of the width.
+    Units(const LinearCall& call, int64_t most)
+        : call_(call),
+          layers_(call.activation == NONE ? 1 : 2),
+          batches_((call.rows + BATCH - 1) / BATCH),
+          groups_((call.out_features + COLUMNS - 1) / COLUMNS) {
+        width_ = std::max(1, panels_at_once(call, call.rows) / layers_);
+        while (width_ > 1 && width_ > most) width_ /= 2;
+    }
 
-inline int64_t units_of(const LinearCall& call) {
-    return int64_t((call.out_features + COLUMNS - 1) / COLUMNS) * batches_of(call);
-}
+    int64_t count() const { return (groups_ + width_ - 1) / width_ * batches_; }
+
+    int64_t weights() const { return int64_t(call_.in) * COLUMNS * layers_ * width_; }
+
+    void compute(const PreparedRows& inputs, int64_t unit) const {
+        const int first = int(unit % batches_) * BATCH, rows = std::min(BATCH, call_.rows - first);
+        int64_t group = unit / batches_ * width_;
+        const int64_t end = std::min(group + width_, groups_);
+        for (int some = width_; group < end; group += some) {
+            while (some > end - group) some /= 2;
+            linear_unit(call_, inputs, group * layers_, some * layers_, first, rows);
+        }
+    }
+
+private:
+    const LinearCall& call_;
+    int layers_, batches_, width_;
+    int64_t groups_;
+};
 
 // The rows of calls as products take them: rounded, widened, or as they are. Calls that follow one another with the same
 // inputs share theirs.
@@ -199,23 +259,25 @@ thread_local std::vector<int64_t> PreparedInputs::thread_places;
 thread_local Memory PreparedInputs::thread_memory;
 
 constexpr int64_t WEIGHTS_PER_CHUNK = 1 << 14;
+constexpr int CHUNKS_PER_THREAD = 4;  // at least, so that no thread waits long for another at the end
 
 void linear_by_team(Team& team, const LinearCall* calls, int count) {
+    int64_t groups = 0;
+    for (int i = 0; i < count; i++) groups += (calls[i].out_features + COLUMNS - 1) / COLUMNS;
+    const int64_t most = groups / (CHUNKS_PER_THREAD * team.threads());
     int64_t total = 0, widest = 1;
     for (int i = 0; i < count; i++) {
-        total += units_of(calls[i]);
-        widest = std::max<int64_t>(widest, calls[i].in * (calls[i].activation == NONE ? 1 : 2));
+        const Units units(calls[i], most);
+        total += units.count();
+        widest = std::max(widest, units.weights());
     }
     const PreparedInputs inputs(team, calls, count);
-    const int64_t grain = std::max<int64_t>(1, WEIGHTS_PER_CHUNK / (widest * COLUMNS));
-    team.share(total, grain, [&](int64_t begin, int64_t end) {
+    team.share(total, std::max<int64_t>(1, WEIGHTS_PER_CHUNK / widest), [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++) {
             int index = 0;
             int64_t rest = unit;
-            for (; rest >= units_of(calls[index]); index++) rest -= units_of(calls[index]);
-            const LinearCall& call = calls[index];
-            const int batches = batches_of(call), first = int(rest % batches) * BATCH;
-            linear_unit(call, inputs.of(index), rest / batches, first, std::min(BATCH, call.rows - first));
+            for (; rest >= Units(calls[index], most).count(); index++) rest -= Units(calls[index], most).count();
+            Units(calls[index], most).compute(inputs.of(index), rest);
         }
     });
 }

@@ -74,6 +74,8 @@ public:
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
+    int threads() const { return threads_; }
+
     // Calls body(begin, end) for chunks that together are [0, units), and returns when all of them are done. grain:
     // units of a chunk; it should take some microseconds.
     template <class Body>

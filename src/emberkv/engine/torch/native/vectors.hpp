@@ -231,12 +231,12 @@ struct Bf16Pairs {
 // The second factor of a product: where a unit's LANES columns of vector v lie. ``from(column)`` are the columns from
 // there on, a multiple of COLUMNS.
 
-// COLUMNS columns after one another, ``depth`` units each.
+// Panels of COLUMNS columns after one another, ``depth`` units each.
 template <class Unit>
 struct Packed {
     const Unit* first;
     int depth;
-    const Unit* at(int u, int v) const { return first + u * COLUMNS + v * LANES; }
+    const Unit* at(int u, int v) const { return first + (v / VECTORS * depth + u) * COLUMNS + v % VECTORS * LANES; }
     Packed from(int column) const { return {first + column * depth, depth}; }
 };
 
@@ -270,13 +270,15 @@ void multiply_few(const Unit* a, int a_stride, Factor b, int depth, float* c, in
             for (int v = 0; v < V; v++) sums[r][v] = load<Floats>(c + r * c_stride + v * LANES);
     }
     for (int u = 0; u < depth; u++)
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
             for (int v = 0; v < V; v++)
                 sums[r][v] = Arithmetic::add_product(sums[r][v], a[r * a_stride + u], b.at(u, v));
     // Written out, these keep the sums in registers; as loops they had the compiler put all of them into memory first.
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
@@ -291,6 +293,14 @@ void multiply_rows(const Unit* a, int rows, int a_stride, Factor b, int depth, f
         case 2: return multiply_few<Arithmetic, 2, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
         case 1: return multiply_few<Arithmetic, 1, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
     }
+}
+
+// The same for MOST rows at most and P panels of columns, whose sums are side by side.
+template <class Arithmetic, int P, int MOST, class Factor, class Unit = typename Arithmetic::Unit>
+void multiply_panels(const Unit* a, int rows, int a_stride, Factor b, int depth, float* c) {
+    if constexpr (MOST > 1)
+        if (rows < MOST) return multiply_panels<Arithmetic, P, MOST - 1>(a, rows, a_stride, b, depth, c);
+    multiply_few<Arithmetic, MOST, P * VECTORS>(a, a_stride, b, depth, c, P * COLUMNS);
 }
 
 // The same for any number of columns, a multiple of LANES.
