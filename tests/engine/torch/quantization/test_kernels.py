@@ -69,6 +69,22 @@ def test_a_row_has_the_same_bits_whatever_the_others_are(kernels: Kernels, bits:
         assert torch.equal(layer(inputs[first:last]), whole[first:last])
 
 
+@pytest.mark.parametrize("rest", range(4))
+@pytest.mark.parametrize(("bits", "offsets"), [(8, False), (8, True), (4, True)])
+def test_a_few_rows_have_the_same_bits_where_panels_are_multiplied_at_once(
+    kernels: Kernels, bits: Bits, offsets: bool, rest: int
+) -> None:
+    outputs = (16 + rest) * kernels.columns - 3  # of so many, one thread takes up to 4 panels at once
+    gate, up = (weight_of(bits, 32, offsets, outputs, 96, seed) for seed in (0, 1))
+    layers = NativeLinear(kernels, gate, values(outputs), torch.float32), NativeGatedPair(kernels, gate, up, 1)
+    inputs = values(7, 96, seed=3)
+    for layer in layers:
+        layer.call.threads = 1
+        whole = layer(inputs)
+        for rows in range(1, 6):
+            assert torch.equal(layer(inputs[2 : 2 + rows]), whole[2 : 2 + rows])
+
+
 def test_rounded_rows_are_held_once_however_many_threads_share_them(kernels: Kernels) -> None:
     layer = NativeLinear(kernels, weight_of(8, 32, False, 32, 4096), None, torch.float32)
     layer.call.threads = 8

@@ -1,6 +1,7 @@
 // Linear layers on CPU, and two of them with a gate between: act(x Wg) * (x Wu).
 //
-// Weights are `Packed`: COLUMNS outputs side by side, unit after unit of the inputs. Quantised ones: see quantized.hpp.
+// Weights are `Packed` in panels: COLUMNS outputs side by side, unit after unit of the inputs. Quantised ones: see
+// quantized.hpp.
 
 #include <memory>
 #include <vector>
@@ -40,15 +41,17 @@ constexpr bool WIDENS = true;
 constexpr int FEW_ROWS = 4;  // for which it does not pay to widen weights in advance
 
 #if defined(__AVX512F__)
-constexpr int SUMS = 24;  // vectors of a product with few rows that registers have room for
+constexpr int SUMS = 24;  // vectors of sums, with few rows, that registers have room for
 #else
 constexpr int SUMS = 12;
 #endif
 
-// Panels, of COLUMNS outputs each, whose products with so few rows are computed at once. A sum waits for the multiplication
-// before it, so a processor that computes one panel's alone waits more than it multiplies, and memory waits with it.
-inline int panels_at_once(const LinearCall& call, int rows) {
-    const int room = call.bits ? 1 : SUMS / (VECTORS * std::max(1, rows));
+// Panels whose products with so few rows are computed at once. A sum waits for the multiplication before it, so that a
+// processor with one panel's sums alone waits more than it multiplies, and memory waits with it. Codes of 4 bits take
+// registers of their own.
+inline int panels_at_once(int rows, int bits) {
+    if (bits == 4 && rows > 1) return 1;
+    const int room = SUMS / (VECTORS * std::max(1, rows));
     return room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 
@@ -103,7 +106,7 @@ void multiply_widened(const PreparedRows& inputs, int first, int rows, const uin
 inline void multiply(
     const LinearCall& call, const PreparedRows& inputs, int64_t index, int panels, int first, int rows, float* sums
 ) {
-    if (call.bits) return multiply_quantized(inputs.rounded, first, rows, QuantizedColumns(call, index), sums);
+    if (call.bits) return multiply_quantized(inputs.rounded, first, rows, QuantizedColumns(call, index), panels, sums);
     if (call.type == FP32) {
         const float* weight = static_cast<const float*>(call.weight) + index * call.in * COLUMNS;
         return multiply_plain<SinglePrecision>(inputs, first, rows, weight, call.in, panels, sums);
@@ -119,7 +122,7 @@ inline void linear_unit(
     const LinearCall& call, const PreparedRows& inputs, int64_t index, int panels, int first, int rows
 ) {
     const bool gated = call.activation != NONE;
-    const int layers = gated ? 2 : 1, beside = panels_at_once(call, rows);
+    const int layers = gated ? 2 : 1, beside = panels_at_once(rows, call.bits);
     alignas(64) float sums[2 * BATCH * COLUMNS];
     int row_stride = COLUMNS, panel_stride = BATCH * COLUMNS;
     if (beside >= panels) {
@@ -159,7 +162,7 @@ public:
           layers_(call.activation == NONE ? 1 : 2),
           batches_((call.rows + BATCH - 1) / BATCH),
           groups_((call.out_features + COLUMNS - 1) / COLUMNS) {
-        width_ = std::max(1, panels_at_once(call, call.rows) / layers_);
+        width_ = std::max(1, panels_at_once(call.rows, call.bits) / layers_);
         while (width_ > 1 && width_ > most) width_ /= 2;
     }
 

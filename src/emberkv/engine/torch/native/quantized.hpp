@@ -183,31 +183,34 @@ struct QuantizedColumns {
     const char* group_at(int g) const { return begin + COLUMNS * 4 + g * group_bytes(); }
 };
 
-// c[r][column] of R rows from ``first`` on.
-template <int BITS, int R>
+// c[r][column] of R rows from ``first`` on, for the outputs of P panels after one another.
+template <int BITS, int R, int P>
 void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedColumns& columns, float* c) {
     constexpr int PAIRS = 4;  // whose codes of 4 bits lie together
     const int pairs = columns.group / 2, together = rows.together;
+    const int64_t panel = columns.bytes(), of_first = int64_t(first) * columns.groups;
     const int32_t* values = rows.pairs_of(first);
-    const int64_t of_first = int64_t(first) * columns.groups;
     const char* at = columns.group_at(0);
-    Floats totals[R][VECTORS] = {};
+    Floats totals[R][P][VECTORS] = {};
     for (int g = 0; g < columns.groups; g++, at += columns.group_bytes()) {
-        Ints sums[R][VECTORS] = {};
+        Ints sums[R][P][VECTORS] = {};
         const char* codes = at;
         for (int begin = 0; begin < pairs; begin += PAIRS, codes += PAIRS * COLUMNS * BITS / 4) {
 #pragma GCC unroll 4
-            for (int pair = 0; pair < PAIRS; pair++, values += together) {
-                Ints weights[VECTORS];
+            for (int pair = 0; pair < PAIRS; pair++, values += together)
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++) {
+                    Ints weights[VECTORS];
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; v++) weights[v] = pair_of<BITS>(codes, pair, v);
+                    for (int v = 0; v < VECTORS; v++) weights[v] = pair_of<BITS>(codes + p * panel, pair, v);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    const Ints value = splat(values[r]);
+                    for (int r = 0; r < R; r++) {
+                        const Ints value = splat(values[r]);
 #pragma GCC unroll 8
-                    for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pair_products(sums[r][v], weights[v], value);
+                        for (int v = 0; v < VECTORS; v++)
+                            sums[r][p][v] = add_pair_products(sums[r][p][v], weights[v], value);
+                    }
                 }
-            }
         }
         const char* scales = at + columns.code_bytes();
 #pragma GCC unroll 8
@@ -215,22 +218,30 @@ void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedC
             const int64_t index = of_first + r * columns.groups + g;
             const float scale = rows.scales[index];
             const int32_t sum = rows.sums[index];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) {
-                const Ints exact = BITS == 4 ? sums[r][v] - 8 * sum : sums[r][v];
-                const Floats product = __builtin_convertvector(exact, Floats) * half_values(scales + v * LANES * 2);
-                totals[r][v] = multiply_add(product, splat(scale), totals[r][v]);
-                if (!columns.offsets) continue;
-                const Floats offset = half_values(scales + (COLUMNS + v * LANES) * 2);
-                totals[r][v] = multiply_add(offset, splat(float(sum) * scale), totals[r][v]);
-            }
+                for (int v = 0; v < VECTORS; v++) {
+                    const char* here = scales + p * panel + v * LANES * 2;
+                    const Ints exact = BITS == 4 ? sums[r][p][v] - 8 * sum : sums[r][p][v];
+                    const Floats product = __builtin_convertvector(exact, Floats) * half_values(here);
+                    Floats& total = totals[r][p][v];
+                    total = multiply_add(product, splat(scale), total);
+                    if (!columns.offsets) continue;
+                    total = multiply_add(half_values(here + COLUMNS * 2), splat(float(sum) * scale), total);
+                }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++)
-            store(c + r * COLUMNS + v * LANES, totals[r][v] * load<Floats>(columns.begin + v * LANES * 4));
+            for (int v = 0; v < VECTORS; v++)
+                store(
+                    c + (r * P + p) * COLUMNS + v * LANES,
+                    totals[r][p][v] * load<Floats>(columns.begin + p * panel + v * LANES * 4)
+                );
 }
 
 // Some groups of a weight's COLUMNS outputs, unpacked once for many rows: pairs of codes in 16 bits, and scales and offsets
@@ -332,15 +343,24 @@ private:
     bool offsets_;
 };
 
+// c: [count, panels * COLUMNS]. panels: as `panels_at_once` allows.
 template <int BITS>
-void multiply_quantized(const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, float* c) {
+void multiply_quantized(
+    const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, int panels, float* c
+) {
+    if (panels == 4) return multiply_few_quantized<BITS, 1, 4>(rows, first, columns, c);
+    if (panels == 2) switch (count) {
+        case 1: return multiply_few_quantized<BITS, 1, 2>(rows, first, columns, c);
+        case 2: return multiply_few_quantized<BITS, 2, 2>(rows, first, columns, c);
+        case 3: return multiply_few_quantized<BITS, 3, 2>(rows, first, columns, c);
+    }
     switch (count) {  // it does not pay to unpack weights in advance for rows that are multiplied once with them
-        case 1: return multiply_few_quantized<BITS, 1>(rows, first, columns, c);
-        case 2: return multiply_few_quantized<BITS, 2>(rows, first, columns, c);
-        case 3: return multiply_few_quantized<BITS, 3>(rows, first, columns, c);
-        case 4: return multiply_few_quantized<BITS, 4>(rows, first, columns, c);
-        case 5: return multiply_few_quantized<BITS, 5>(rows, first, columns, c);
-        case 6: return multiply_few_quantized<BITS, 6>(rows, first, columns, c);
+        case 1: return multiply_few_quantized<BITS, 1, 1>(rows, first, columns, c);
+        case 2: return multiply_few_quantized<BITS, 2, 1>(rows, first, columns, c);
+        case 3: return multiply_few_quantized<BITS, 3, 1>(rows, first, columns, c);
+        case 4: return multiply_few_quantized<BITS, 4, 1>(rows, first, columns, c);
+        case 5: return multiply_few_quantized<BITS, 5, 1>(rows, first, columns, c);
+        case 6: return multiply_few_quantized<BITS, 6, 1>(rows, first, columns, c);
     }
     std::memset(c, 0, size_t(count) * COLUMNS * 4);
     UnpackedGroups groups;
@@ -362,10 +382,10 @@ void multiply_quantized(const RoundedRows& rows, int first, int count, const Qua
 }
 
 inline void multiply_quantized(
-    const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, float* c
+    const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, int panels, float* c
 ) {
-    if (columns.bits == 4) return multiply_quantized<4>(rows, first, count, columns, c);
-    multiply_quantized<8>(rows, first, count, columns, c);
+    if (columns.bits == 4) return multiply_quantized<4>(rows, first, count, columns, panels, c);
+    multiply_quantized<8>(rows, first, count, columns, panels, c);
 }
 
 }  // namespace emberkv
