@@ -260,4 +260,5 @@ def _from_below(
     pending = end < stop and lower.status(chain.block_hashes[end], exact=cache.exact) is LookupStatus.PENDING
     savings = LoadSavings(cache, lower, chain, known)
     decision = savings.choose(runs)
-    return decision, stop - end if pending else 0, *savings.checkpoint_to_load(decision)
+    checkpoint, declined = savings.checkpoint_to_load(decision)
+    return decision, stop - end if pending else 0, checkpoint, declined
