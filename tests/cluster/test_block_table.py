@@ -48,7 +48,7 @@ def test_bits_are_those_of_a_dictionary(changes: list[tuple[str, list[int], int,
                 words += 1
         expected = [[held.get((tag, at), 0) for at in range(words)] for tag in TAGS]
         assert [table.words(tag) for tag in TAGS] == expected
-        assert table.gather(array(TAGS)).tolist() == expected
+        assert table.gather(array(TAGS)).T.tolist() == expected
         assert len(table) == sum(any(bits) for bits in expected)
 
 

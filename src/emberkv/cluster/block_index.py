@@ -44,6 +44,9 @@ STRIDE = 16
 
 WORDS_OF_A_HASH = 4
 
+_NOTHING: Mapping[str, int] = {}
+"""Of a replica without the first block: all such share it."""
+
 SWEPT_AT_ADD = 64
 """Rows in which forgotten columns are cleared for each added block: a whole table, long before it grows."""
 MAX_FORGOTTEN = 64
@@ -242,21 +245,24 @@ class BlockIndex:
         tiers = self._tiers if forgotten.tier is None else (forgotten.tier,)
         return [self._words[tier, group] for tier in tiers if (tier, group) in self._words]
 
-    def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
+    def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[Mapping[str, int]]:
         """For each of the first ``replicas`` slots, the number of leading blocks that the replica has, by tier.
 
         A block counts for the fastest tier that holds it. Counting stops at the first block that no tier holds.
         """
-        columns = [self._column(replica) for replica in range(replicas)]
-        runs = _Runs(self._tiers, columns)
+        known = self._columns
+        columns = [known[replica] if replica in known else self._column(replica) for replica in range(replicas)]
+        counts = _leading_blocks(self._tiers, columns, self._runs(block_hashes))
+        return [counts.get(column, _NOTHING) for column in columns]
+
+    def _runs(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
+        """Runs of consecutive blocks with the same holders: each run's length, and for each tier the replicas that have
+        its blocks, as bits.
+        """
         one_word = self._one_word_of_each_tier()
         shared = self._shared_holders()
         for count, words in self._look_up(block_hashes):
-            holders = [words[number] for number in one_word] if one_word else self._holders(words, shared)
-            if not runs.take(count, holders):
-                break
-        counts = runs.ended()
-        return [counts[column] for column in columns]
+            yield count, [words[number] for number in one_word] if one_word else self._holders(words, shared)
 
     def _one_word_of_each_tier(self) -> list[int]:
         """The numbers of the tiers' words where these say all that `_holders` does; else empty."""
@@ -296,34 +302,32 @@ class BlockIndex:
                 self.probes += 1
                 yield 1, self._table.words(tag)
             return
-        depths, found = self._sampled(block_hashes)
-        changes = _changes(found) + 1
-        starts = [0, *depths[changes].tolist()]
-        words = found[np.concatenate(([0], changes))].tolist()
+        if len(block_hashes) <= WHOLE:
+            found = self._gather(block_hashes)
+            starts = [0, *(_changes(found) + 1).tolist()]
+            words = found[:, starts].T.tolist()
+        else:
+            starts, words = self._sampled(block_hashes)
         for start, stop, each in zip(starts, [*starts[1:], len(block_hashes)], words, strict=True):
             yield stop - start, each
 
-    def _sampled(self, block_hashes: Sequence[BlockHash]) -> tuple[NDArray[np.intp], Rows]:
-        """Depths in ascending order, and the words of the blocks there, uint64 ``[depths, words]``. The blocks between
-        two depths are taken to have the words of the first.
+    def _sampled(self, block_hashes: Sequence[BlockHash]) -> tuple[list[int], list[list[int]]]:
+        """Where runs of blocks with the same words start, and their words. The blocks between two samples with the same
+        words are taken to have these.
         """
-        blocks = len(block_hashes)
-        if blocks <= WHOLE:
-            return np.arange(blocks), self._gather(block_hashes)
-        depths = np.arange(0, blocks + STRIDE - 1, STRIDE)
-        depths[-1] = blocks - 1
-        samples = self._gather([block_hashes[depth] for depth in depths.tolist()])
+        last = len(block_hashes) - 1
+        samples = self._gather([*block_hashes[:last:STRIDE], block_hashes[last]])
         changes = _changes(samples)
-        between = (depths[changes, None] + np.arange(1, STRIDE)).ravel()
-        between = between[between < blocks - 1]
-        if not len(between):
-            return depths, samples
-        found, looked_up = np.empty((blocks, samples.shape[1]), np.uint64), np.zeros(blocks, np.bool_)
-        found[depths], looked_up[depths] = samples, True
-        found[between] = self._gather([block_hashes[depth] for depth in between.tolist()])
-        looked_up[between] = True
-        depths = np.flatnonzero(looked_up)
-        return depths, found[depths]
+        between: list[BlockHash] = []
+        for sample in changes.tolist():
+            between += block_hashes[sample * STRIDE + 1 : (sample + 1) * STRIDE]
+        between += [block_hashes[last]] * (len(changes) * (STRIDE - 1) - len(between))  # the last step may be shorter
+        found = np.empty((len(samples), len(changes), STRIDE + 1), np.uint64)  # from sample to sample
+        found[:, :, 0], found[:, :, STRIDE] = samples[:, changes], samples[:, changes + 1]
+        found[:, :, 1:STRIDE] = self._gather(between).reshape(len(samples), len(changes), STRIDE - 1)
+        step, at = (found[:, :, 1:] != found[:, :, :-1]).any(axis=0).nonzero()
+        starts = changes[step] * STRIDE + at + 1
+        return [0, *starts.tolist()], [samples[:, 0].tolist(), *found[:, step, at + 1].T.tolist()]
 
     def _gather(self, block_hashes: Sequence[BlockHash]) -> Rows:
         self.probes += len(block_hashes)
@@ -363,64 +367,57 @@ class BlockIndex:
 
 
 def _changes(rows: Rows) -> NDArray[np.intp]:
-    """Where the next row has other words."""
-    differ = rows[1:] != rows[:-1]
-    return np.flatnonzero(differ if rows.shape[1] == 1 else differ.any(axis=1))
+    """Where the next block has other words. rows: uint64 ``[words, blocks]``."""
+    differ = rows[:, 1:] != rows[:, :-1]
+    changes: NDArray[np.intp] = (differ[0] if len(rows) == 1 else differ.any(axis=0)).nonzero()[0]
+    return changes
 
 
-class _Runs:
-    """Counts each replica's leading blocks by tier, from runs of blocks that are held by the same replicas. replicas:
-    the bits that stand for them.
+def _leading_blocks(
+    tiers: Sequence[str], columns: Sequence[int], runs: Iterable[tuple[int, Sequence[int]]]
+) -> dict[int, dict[str, int]]:
+    """By column, the number of leading blocks that its replica has in each tier, where it has any. columns: those that
+    count. runs: see `BlockIndex._runs`.
     """
+    counts: dict[int, dict[str, int]] = {}
+    began: list[dict[int, int]] = [{} for _ in tiers]  # of each column's present run
+    served = [0] * len(tiers)  # the columns whose present run is in each tier
+    going = sum([1 << column for column in columns])  # those without a gap so far
+    depth = 0
 
-    def __init__(self, tiers: Sequence[str], replicas: Sequence[int]) -> None:
-        self.everyone = sum(1 << replica for replica in replicas)
-        bits = max(replicas, default=-1) + 1
-        self._tiers = tiers
-        self._counts: list[dict[str, int]] = [{} for _ in range(bits)]
-        self._going = self.everyone  # replicas without a gap so far
-        self._served = [0] * len(tiers)  # by tier: replicas whose present run is in it
-        self._began = [[0] * bits for _ in tiers]
-        self._depth = 0
+    def change(tier: int, now: int) -> None:
+        name, begins = tiers[tier], began[tier]
+        for column in _bits(served[tier] & ~now):
+            count = counts.setdefault(column, {})
+            count[name] = count.get(name, 0) + depth - begins[column]
+        for column in _bits(now & ~served[tier]):
+            begins[column] = depth
+        served[tier] = now
 
-    def take(self, count: int, holders: Sequence[int]) -> int:
-        """Add the next ``count`` blocks. holders: for each tier, the replicas that have them, as bits.
-
-        Returns the replicas that have all blocks so far, as bits; 0 if there are none.
-        """
-        left = self._going
+    for count, holders in runs:
+        left = going
         for tier, having in enumerate(holders):
             now = left & having
-            left &= ~now
-            if now != self._served[tier]:
-                self._change(tier, now)
-        self._going &= ~left
-        self._depth += count
-        return self._going
-
-    def ended(self) -> list[dict[str, int]]:
-        """The counts of each bit's replica by tier, after the last call of `take`."""
-        for tier in range(len(self._tiers)):
-            self._change(tier, 0)
-        return self._counts
-
-    def _change(self, tier: int, now: int) -> None:
-        """End and begin runs at the current depth. now: the replicas whose next blocks are in the tier, as bits."""
-        before, name, began = self._served[tier], self._tiers[tier], self._began[tier]
-        for replica in _bits(before & ~now):
-            counts = self._counts[replica]
-            counts[name] = counts.get(name, 0) + self._depth - began[replica]
-        for replica in _bits(now & ~before):
-            began[replica] = self._depth
-        self._served[tier] = now
+            left ^= now
+            if now != served[tier]:
+                change(tier, now)
+        going ^= left
+        depth += count
+        if not going:
+            break
+    for tier in range(len(tiers)):
+        change(tier, 0)
+    return counts
 
 
-def _bits(bits: int) -> Iterable[int]:
+def _bits(bits: int) -> list[int]:
     """The positions of the set bits, lowest first."""
+    found = []
     while bits:
         lowest = bits & -bits
-        yield lowest.bit_length() - 1
+        found.append(lowest.bit_length() - 1)
         bits ^= lowest
+    return found
 
 
 def _tags(block_hashes: Sequence[BlockHash]) -> list[int]:

@@ -90,11 +90,12 @@ class _Rows:
     def find_many(self, tags: Rows) -> Positions:
         """For each tag, the row with it, or the free row where it would be inserted."""
         at = self.homes(tags)
-        there = self.tags[at]
-        wanted = np.flatnonzero((there != tags) & (there != 0))
+        there = self.tags.take(at)
+        wanted = ((there != tags) & (there != 0)).nonzero()[0]
         while len(wanted):
-            there = self.tags[(at[wanted, None] + WINDOW) & self.mask]
-            ends = (there == tags[wanted, None]) | (there == 0)
+            sought = tags.take(wanted)[:, None]
+            there = self.tags.take((at.take(wanted)[:, None] + WINDOW) & self.mask)
+            ends = (there == sought) | (there == 0)
             ends[:, -1] = True  # the next window begins there
             steps = ends.argmax(axis=1)
             at[wanted] += steps
@@ -206,12 +207,12 @@ class BlockTable:
         return [0] * self._words if at < 0 else [cells[at] for cells in rows.word_cells]
 
     def gather(self, tags: Rows) -> Rows:
-        """The words of many blocks, uint64 ``[blocks, words]``. tags: uint64 ``[blocks]``."""
-        found = np.empty((len(tags), self._words), np.uint64)
+        """The words of many blocks, uint64 ``[words, blocks]``. tags: uint64 ``[blocks]``."""
+        found = np.empty((self._words, len(tags)), np.uint64)
         for rows, chosen in self._split(tags):
             at = rows.find_many(tags[chosen])
             for number, words in enumerate(rows.words):
-                found[chosen, number] = words[at]
+                found[number, chosen] = words.take(at)
         return found
 
     def add(self, tags: Sequence[int], word: int, bit: int) -> None:

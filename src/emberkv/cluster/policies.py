@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from math import ceil
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, overload
 
 from emberkv.core.events import POOL
 from emberkv.core.hashing import BlockHash
@@ -37,6 +37,9 @@ FIRST_PROMPTS = 8
 
 UNMEASURED_LOAD = 0.25
 """Time to load from a tier whose rate was not measured yet, as a share of the time to compute the same."""
+
+_NOTHING: Mapping[str, int] = {}
+"""Of a replica that has nothing of the prompt: all such share it."""
 
 
 @dataclass(slots=True)
@@ -126,20 +129,44 @@ class Estimate:
         return self.waiting + sum(self.loading.values()) + self.computing
 
 
+_EstimateFields = tuple[int, float, float, float, Mapping[str, float], Mapping[str, int]]
+"""An `Estimate`'s, in their order."""
+
+
+class _Estimates(Sequence[Estimate]):
+    """Estimates that are made when they are read: of most decisions none is, and there may be many."""
+
+    def __init__(self, fields: Sequence[_EstimateFields]) -> None:
+        self._fields = fields
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    @overload
+    def __getitem__(self, at: int) -> Estimate: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> "_Estimates": ...
+
+    def __getitem__(self, at: int | slice) -> "Estimate | _Estimates":
+        return _Estimates(self._fields[at]) if isinstance(at, slice) else Estimate(*self._fields[at])
+
+
 class Decision(NamedTuple):
-    """replica: the slot chosen, and why. cached_tokens: of the prompt, those it is expected to find there. estimates:
-    of the replicas that are up, by policies that make them.
+    """replica: the slot chosen, and why. cached_tokens: of the prompt, those it is expected to find there. By policies
+    that make estimates, estimates: of the replicas that are up; chosen: of the one chosen.
     """
 
     replica: int
     reason: RoutingReason
     cached_tokens: int = 0
     estimates: Sequence[Estimate] = ()
+    chosen: Estimate | None = None
 
     @property
     def cached_by_tier(self) -> Mapping[str, int]:
         """Tokens that are expected in each tier of the replica chosen; empty where the policy does not ask."""
-        return next((each.cached_tokens for each in self.estimates if each.slot == self.replica), {})
+        return self.chosen.cached_tokens if self.chosen is not None else {}
 
 
 class RoutingPolicy(ABC):
@@ -281,58 +308,84 @@ class ExpectedTtft(RoutingPolicy):
     def key(self, block_hashes: Sequence[BlockHash], cached: Sequence[Mapping[str, int]]) -> BlockHash | None:
         if not block_hashes:
             return None
-        known = max((sum(each.values()) for each in cached), default=0)
+        known = max((sum(each.values()) for each in cached if each), default=0)
         return block_hashes[min(known, len(block_hashes) - 1)]
 
     def choose(self, view: RoutingView) -> Decision:
-        up = view.up
-        rates = [rate for slot in up if (rate := view.replicas[slot].prefill_rate)]
+        up = [state for state in view.replicas if state.up]
+        rates = [state.prefill_rate for state in up if state.prefill_rate]
         rate = sum(rates) / len(rates) if rates else ASSUMED_RATE
-        mean = sum(view.recent[slot] for slot in up) / len(up)
-        estimates = {slot: self._estimate(view, slot, rate, mean) for slot in up}
-        margin = self._tie * view.prompt_tokens / rate
-        slot, reason = self._chosen(view, estimates, margin)
-        found = int(sum(estimates[slot].cached_tokens.values()))
-        return Decision(slot, reason, found, list(estimates.values()))
+        estimates = self._estimates(view, rate)
+        at, reason = self._chosen(view, estimates, self._tie * view.prompt_tokens / rate)
+        chosen = Estimate(*estimates[at])
+        return Decision(chosen.slot, reason, sum(chosen.cached_tokens.values()), _Estimates(estimates), chosen)
 
-    def _chosen(self, view: RoutingView, estimates: Mapping[int, Estimate], margin: float) -> tuple[int, RoutingReason]:
-        best = min(estimates.values(), key=lambda each: (each.cost, each.slot))
-        equal = {slot for slot, each in estimates.items() if each.cost <= best.cost + margin}
-        home = None if view.home is None else estimates.get(view.home)
-        if home is not None and self._plain(home) <= min(map(self._plain, estimates.values())) + margin:
-            return home.slot, RoutingReason.LEAST_COST if equal == {home.slot} else RoutingReason.SESSION
+    def _chosen(
+        self, view: RoutingView, estimates: Sequence[_EstimateFields], margin: float
+    ) -> tuple[int, RoutingReason]:
+        """Which of the estimates is of the replica that is chosen."""
+        costs = [cost for _, _, _, cost, _, _ in estimates]
+        least = min(costs)
+        slots = [slot for slot, _, _, _, _, _ in estimates]
+        equal = {slots[at]: at for at, cost in enumerate(costs) if cost <= least + margin}
+        if view.home in slots:
+            home = slots.index(view.home)
+            # what replicas were given lately left aside
+            plain = [wait + sum(load.values()) + self._weight * compute for _, wait, compute, _, load, _ in estimates]
+            if plain[home] <= min(plain) + margin:
+                return home, RoutingReason.LEAST_COST if [*equal.values()] == [home] else RoutingReason.SESSION
         if len(equal) == 1:
-            return best.slot, RoutingReason.LEAST_COST
-        return next((slot for slot in view.order if slot in equal), best.slot), RoutingReason.TIE
+            return costs.index(least), RoutingReason.LEAST_COST
+        return next((equal[slot] for slot in view.order if slot in equal), costs.index(least)), RoutingReason.TIE
 
-    def _plain(self, estimate: Estimate) -> float:
-        """The cost without regard to what the replica was given lately."""
-        return estimate.ttft + (self._weight - 1.0) * estimate.computing
+    def _estimates(self, view: RoutingView, mean_rate: float) -> list[_EstimateFields]:
+        """Of each replica that is up. It is one loop with what they share before it, as there may be many."""
+        given = [recent for recent, state in zip(view.recent, view.replicas, strict=True) if state.up]
+        mean_recent = sum(given) / len(given)
+        prompt_tokens = view.prompt_tokens or 1
+        lowest, highest = mean_rate / EQUAL_RATES, mean_rate * EQUAL_RATES
+        smoothed = mean_recent + FIRST_PROMPTS * prompt_tokens
+        weight, spread = self._weight, self._spread
+        estimates: list[_EstimateFields] = []
+        for slot, (state, cached, recent) in enumerate(zip(view.replicas, view.cached, view.recent, strict=True)):
+            if not state.up:
+                continue
+            rate = state.prefill_rate or mean_rate
+            if lowest <= rate <= highest:
+                rate = mean_rate
+            waiting, to_compute = state.queued_tokens / rate, prompt_tokens
+            cached_tokens: Mapping[str, int] = _NOTHING
+            loading: Mapping[str, float] = _NOTHING
+            if cached:
+                cached_tokens, loading = self._found(view, slot, rate)
+                to_compute -= sum(cached_tokens.values())
+            above = (recent - mean_recent) / smoothed
+            computing = to_compute / rate + state.step_seconds
+            cost = waiting + computing * weight * (1.0 + spread * (above if above < 1.0 else 1.0))
+            if loading:
+                cost += sum(loading.values())
+            estimates.append((slot, waiting, computing, cost, loading, cached_tokens))
+        return estimates
 
-    def _estimate(self, view: RoutingView, slot: int, mean_rate: float, mean_recent: float) -> Estimate:
-        state = view.replicas[slot]
-        rate = state.prefill_rate or mean_rate
-        if mean_rate / EQUAL_RATES <= rate <= mean_rate * EQUAL_RATES:
-            rate = mean_rate
-        to_compute = view.prompt_tokens or 1
-        above = (view.recent[slot] - mean_recent) / (mean_recent + FIRST_PROMPTS * to_compute)
-        loading: dict[str, float] = {}
+    def _found(self, view: RoutingView, slot: int, rate: float) -> tuple[Mapping[str, int], Mapping[str, float]]:
+        """By tier, the prompt's tokens that replica ``slot`` has there, and the seconds to load them, as far as that is
+        faster than to compute them at ``rate``.
+        """
+        load_rates = view.replicas[slot].load_rates
+        left = max(0, view.prompt_tokens - 1)  # one token is always computed
         cached_tokens: dict[str, int] = {}
+        loading: dict[str, float] = {}
         for tier, blocks in view.cached[slot].items():
-            tokens = min(blocks * view.block_size, to_compute - 1)  # one token is always computed
+            tokens = min(blocks * view.block_size, left)
             if tier not in (POOL, IN_FLIGHT):
-                load_rate = state.load_rates.get(tier)
+                load_rate = load_rates.get(tier)
                 seconds = tokens / load_rate if load_rate else UNMEASURED_LOAD * tokens / rate
                 if seconds >= tokens / rate:
                     break  # computing is faster, and so it is from here on
                 loading[tier] = seconds
             cached_tokens[tier] = tokens
-            to_compute -= tokens
-        waiting, computing = state.queued_tokens / rate, to_compute / rate + state.step_seconds
-        cost = waiting + computing * self._weight * (1.0 + self._spread * (above if above < 1.0 else 1.0))
-        if loading:
-            cost += sum(loading.values())
-        return Estimate(slot, waiting, computing, cost, loading, cached_tokens)
+            left -= tokens
+        return cached_tokens, loading
 
 
 def _first_up(view: RoutingView) -> int:

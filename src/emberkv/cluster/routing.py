@@ -13,7 +13,7 @@ A replica's events tell of a block when it is computed. Until then, a request wi
 elsewhere and compute it a second time; so blocks that a replica is about to have count as in flight.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class _Prompt:
 class PromptsInFlight:
     """Prompts that were sent to replicas, each until its time to live is over.
 
-    A prompt is found by some of its block hashes: those at depths that grow by about a quarter. Two prompts with a
+    A prompt is found by some of its block hashes: those at depths that grow by about half. Two prompts with a
     block hash in common have all blocks before it in common, so the exact depth is found by bisection from there.
 
     >>> in_flight = PromptsInFlight()
@@ -129,7 +129,7 @@ class PromptsInFlight:
         found: dict[int, int] = {}
         if not self._by_hash:
             return found
-        for depth in reversed(list(_depths(len(block_hashes)))):
+        for depth in reversed(_depths(len(block_hashes))):
             for slot, prompt in self._by_hash.get(block_hashes[depth - 1], {}).items():
                 if slot not in found:
                     found[slot] = _common(prompt.block_hashes, block_hashes, depth)
@@ -152,11 +152,19 @@ class PromptsInFlight:
                     del self._by_hash[block_hash]
 
 
-def _depths(blocks: int) -> Iterator[int]:
+def _all_depths(most: int) -> Iterator[int]:
     depth = 1
-    while depth <= blocks:
+    while depth <= most:
         yield depth
-        depth += 1 + depth // 4
+        depth += 1 + depth // 2
+
+
+_DEPTHS = tuple(_all_depths(1 << 40))
+
+
+def _depths(blocks: int) -> Sequence[int]:
+    """The depths by which a prompt of so many blocks is found, ascending."""
+    return _DEPTHS[: bisect_right(_DEPTHS, blocks)]
 
 
 def _common(one: Sequence[BlockHash], other: Sequence[BlockHash], known: int) -> int:
@@ -269,8 +277,8 @@ class Router:
         if self._unit > MOST_UNIT:
             self._recent = [each / self._unit for each in self._recent]
             self._unit = 1.0
-        expected = next(each.ttft for each in decision.estimates if each.slot == slot)
-        until = request.now + IN_FLIGHT_SECONDS + 2 * expected
+        assert decision.chosen is not None, "a policy that follows requests makes estimates"
+        until = request.now + IN_FLIGHT_SECONDS + 2 * decision.chosen.ttft
         self._in_flight.add(slot, request.chain.block_hashes, until)
         if request.session_id:
             self._sessions[request.session_id] = slot

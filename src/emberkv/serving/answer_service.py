@@ -5,7 +5,6 @@ sends them whole or as server-sent events, and accounts for each request once it
 """
 
 import asyncio
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +40,7 @@ from emberkv.serving.request_context import (
     RecentSessions,
     RequestContext,
     log_finished,
+    random_id,
     session_id,
     summary_of,
 )
@@ -284,7 +284,7 @@ class AnswerService:
         """
         info = request_info(http)
         return RequestContext(
-            _ID_PREFIXES[api] + uuid.uuid4().hex,
+            _ID_PREFIXES[api] + random_id(),
             api,
             tenant,
             info.arrived,

@@ -1,7 +1,6 @@
 """ASGI middleware for every HTTP request: its id, route, count and log line, and its body's size and encoding."""
 
 import re
-import uuid
 import zlib
 from collections.abc import Callable
 from urllib.parse import quote
@@ -20,7 +19,7 @@ from emberkv.serving.errors import (
     UnsupportedEncodingError,
 )
 from emberkv.serving.metrics import HttpMetrics
-from emberkv.serving.request_context import log_refused
+from emberkv.serving.request_context import log_refused, random_id
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _KNOWN_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"))
@@ -94,7 +93,7 @@ class RequestScope:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    return given if _VALID_ID.fullmatch(given) else f"req_{random_id()}"
 
 
 def _routed_path(path: str, root_path: str) -> str:

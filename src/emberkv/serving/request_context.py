@@ -6,6 +6,7 @@ A log record has its values as ``fields``, which `JsonFormatter` writes out; no 
 
 import json
 import logging
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,25 @@ MAX_SESSIONS = 1000
 MAX_ID_LENGTH = 128
 MAX_REMEMBERED = 2000
 """Requests that are remembered by their id."""
+
+ID_BYTES = 16
+IDS_AT_ONCE = 256
+
+_ids: list[str] = []
+
+
+def random_id() -> str:
+    """A new id of 128 random bits, in hexadecimal.
+
+    The system's randomness is read for many ids at once: each reading gives up the interpreter's lock, which the
+    engine's thread may then hold for milliseconds.
+    """
+    while True:
+        try:
+            return _ids.pop()
+        except IndexError:
+            drawn = os.urandom(ID_BYTES * IDS_AT_ONCE).hex()
+            _ids.extend(drawn[at : at + 2 * ID_BYTES] for at in range(0, len(drawn), 2 * ID_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
