@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
@@ -285,9 +285,7 @@ class Harness:
     def _check_admission(self, sequence: Sequence) -> None:
         admission = sequence.admission
         assert admission is not None
-        counts = {
-            field.name: getattr(admission, field.name) for field in fields(admission) if field.name.endswith("_tokens")
-        }
+        counts = {name: value for name, value in admission._asdict().items() if name.endswith("_tokens")}
         by_tier = counts.pop("tier_tokens")
         assert min([*counts.values(), *by_tier.values()]) >= 0, admission
         assert sum(counts.values()) + sum(by_tier.values()) <= sequence.prompt_tokens, admission

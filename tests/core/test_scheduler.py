@@ -109,6 +109,15 @@ def test_no_more_than_max_running_are_admitted() -> None:
     harness.finish()
 
 
+def test_sequences_decode_by_priority_not_in_the_order_in_which_they_began() -> None:
+    harness = Harness()
+    harness.add("patient", [1] * 3, new=9, priority=5)
+    harness.step()
+    harness.add("sooner", [2] * 3, new=9)
+    harness.step()
+    assert shape(harness.step()) == (["sooner", "patient"], [])
+
+
 def test_a_second_request_finds_the_firsts_prompt_and_answer() -> None:
     harness = Harness()
     first = harness.add("a", range(10), new=7)

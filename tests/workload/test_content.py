@@ -55,7 +55,8 @@ pieces = st.lists(
 @given(pieces, pieces)
 def test_a_sum_is_the_pieces_in_turn(left: list[Span], right: list[Span]) -> None:
     total = Content(left) + Content(right)
-    assert total == Content([*left, *right])
+    assert total == Content(left).followed_by(right) == Content([*left, *right])
+    assert len(total) == len(Content([*left, *right]))
     assert total.token_ids(0, 99) == Content(left).token_ids(0, 99) + Content(right).token_ids(0, 99)
 
 

@@ -208,6 +208,8 @@ class BlockPool:
 
     def _evict_surplus(self) -> None:
         """What quotas forbid to keep becomes blank: an owner's speculative checkpoints beyond its limit first."""
+        if not self.policy.over_quota():
+            return
         for owner in list(self.policy.over_quota()):
             while owner in self.policy.over_quota() and self.speculative.of(owner).is_too_large:
                 if not self._drop_speculative(owner):

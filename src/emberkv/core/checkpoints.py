@@ -242,6 +242,8 @@ class SpeculativeCheckpoints:
 
     def evicted(self, blocks: Iterable[Block]) -> None:
         """Cached blocks are evicted, for other blocks or by their owner's quota."""
+        if not self._owners:
+            return
         for block in blocks:
             owner = self._owners.get(block.owner)
             if owner is not None and owner.entries and not block.partial and block.block_hash is not None:

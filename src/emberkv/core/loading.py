@@ -7,7 +7,7 @@ are in the pool.
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from emberkv.core.block import Block, MatchEnd
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_siblings_hash
@@ -262,8 +262,7 @@ class LoadWait:
     checkpoint_end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """Where a prompt's tokens came from when its sequence was first admitted, and why the rest had to be computed.
 
     What the fields leave of the prompt is in no tier. ``pool_tokens`` does not grow by what others commit later.

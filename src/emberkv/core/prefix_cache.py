@@ -402,5 +402,6 @@ class PrefixCache:
 
         checkpoints: the numbers of tokens behind which one is wanted, where hits end at them.
         """
-        self.pool.pin(found)
+        if found:
+            self.pool.pin(found)
         return Lease(self, chain, list(found), reads_cache=reads_cache, wanted=checkpoints)

@@ -13,7 +13,6 @@ come, first served.
 
 from collections import abc
 from collections.abc import Container, Iterable, Mapping
-from operator import attrgetter
 
 from emberkv.core.block import Match, MatchEnd
 from emberkv.core.hashing import BlockHash
@@ -24,6 +23,7 @@ from emberkv.core.sequence import (
     BACKGROUND_PRIORITY,
     FinishReason,
     PrefillChunk,
+    RunningSequences,
     SchedulerConfig,
     Sequence,
     SequenceStatus,
@@ -35,9 +35,6 @@ from emberkv.core.waiting_queue import Claims, Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]
-
-_BY_RANK = attrgetter("priority", "order")
-"""`Sequence.rank`, without a call in Python for each running sequence of each step."""
 
 
 class Scheduler:
@@ -66,7 +63,7 @@ class Scheduler:
         if chunk < 1 or (chunk % unit and not (cache.batch_invariant and unit % chunk == 0)):
             raise ConfigError(f"prefill_chunk is {chunk}; it must be a multiple of {unit}")
         self._waiting = WaitingQueue(self._free_for, config.weights)
-        self._running: list[Sequence] = []
+        self._running = RunningSequences()
         self._by_id: dict[str, Sequence] = {}
         self._loads = PendingLoads(cache, lower)
         self._arrivals = 0
@@ -80,7 +77,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may plan anything now; if not, only an arrival or the end of a load changes that."""
-        return bool(self._running) or self._may_admit()
+        return len(self._running) > 0 or self._may_admit()
 
     @property
     def num_waiting(self) -> int:
@@ -110,14 +107,15 @@ class Scheduler:
         """
         if sequence.request_id in self._by_id:
             raise DuplicateRequestError(f"request id {sequence.request_id!r} is in flight already")
-        if not len(sequence.chain):
+        length = len(sequence.chain)
+        if not length:
             raise RequestError("the prompt has no tokens; it must have at least 1", param="prompt")
         if sequence.max_new_tokens < 1:
             raise RequestError(f"max_tokens is {sequence.max_new_tokens}; it must be at least 1", param="max_tokens")
-        total = len(sequence.chain) + sequence.max_new_tokens
+        total = length + sequence.max_new_tokens
         if total > self.max_sequence_tokens:
             raise PromptTooLongError(
-                f"{len(sequence.chain)} prompt tokens and {sequence.max_new_tokens} to generate are {total}; "
+                f"{length} prompt tokens and {sequence.max_new_tokens} to generate are {total}; "
                 f"the KV pool holds {self.max_sequence_tokens}",
                 param="max_tokens",
             )
@@ -170,28 +168,31 @@ class Scheduler:
         self._plan_prefills(plan)
         return plan
 
-    def complete(self, plan: StepPlan, sampled: Mapping[str, int], stopped: Container[str] = ()) -> list[Sequence]:
+    def complete(
+        self, plan: StepPlan, sampled: Mapping[str, int], stopped: Container[str] = (), *, steps: int = 1
+    ) -> list[Sequence]:
         """Account for a computed plan: commit full blocks, append tokens, finish sequences that are done.
 
         sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
-        their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.
+        their sampled token (an end-of-sequence token) is not appended. steps: how many of the plan's `steady_steps`
+        were computed since `advance`; the chains have the tokens of all but the last. Returns the sequences that
+        finished.
         """
-        self.stats.decode_tokens += len(plan.decodes)
-        self._waiting.charge(plan.decodes, 1)
-        for sequence in plan.decodes:
-            sequence.num_computed += 1
-            sequence.held.commit_decoded(sequence.num_computed)
+        self.advance(plan, steps, planned=False)
+        ready = plan.decodes.copy()
         for chunk in plan.prefills:
-            chunk.sequence.num_computed = chunk.stop
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.stop
             self.stats.prefill_tokens += chunk.stop - chunk.start
-            held = chunk.sequence.held  # sequences may have been admitted since the chunk was planned
-            held.commit_prefilled(chunk.stop, has_room=chunk.stop != held.checkpoint or self._has_spare(chunk.sequence))
+            held = sequence.held  # sequences may have been admitted since the chunk was planned
+            held.commit_prefilled(chunk.stop, has_room=chunk.stop != held.checkpoint or self._has_spare(sequence))
+            if chunk.samples:
+                self._running.begin_decoding(sequence)
+                ready.append(sequence)
         if plan.prefills:
             self._waiting.forget_refusals()  # waiting sequences may share what was just committed
         finished = []
-        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         for sequence in ready:
-            sequence.status = SequenceStatus.DECODING
             if sequence.request_id in stopped:
                 self._finish(sequence, FinishReason.STOP)
                 finished.append(sequence)
@@ -217,7 +218,7 @@ class Scheduler:
         return min(steps, most)
 
     def advance(self, plan: StepPlan, steps: int, *, planned: bool = True) -> None:
-        """Account for ``steps`` of a plan's `steady_steps`, of which `complete` ends the last. The sequences' chains
+        """Account for ``steps`` of a plan's `steady_steps`, before `complete` ends the last. The sequences' chains
         have the tokens that these steps appended. planned: whether the step that follows them is planned, too.
         """
         advance_leases(plan.decodes, steps, self.cache.pool.block_size, planned=planned)
@@ -242,14 +243,15 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         block_size = self.cache.pool.block_size
-        for sequence in sorted(self._running, key=_BY_RANK):
-            if sequence.status is not SequenceStatus.DECODING:
-                continue
+        for sequence in self._running.decoding.copy():
+            lease = sequence.lease
+            if lease is None:
+                continue  # preempted for one before it
             length = len(sequence.chain)
-            if length > len(sequence.held.blocks) * block_size:
+            if length > len(lease.blocks) * block_size:
                 if not self._make_room(sequence, plan):
                     continue
-                sequence.held.extend(length)
+                lease.extend(length)
             plan.decodes.append(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
@@ -316,17 +318,15 @@ class Scheduler:
 
     def _begun(self) -> list[Sequence]:
         """The running sequences with prompt tokens that are not planned yet."""
-        return [
-            each
-            for each in self._running
-            if each.status is SequenceStatus.PREFILLING and each.num_computed < len(each.chain)
-        ]
+        return [each for each in self._running.prefilling if each.num_computed < len(each.chain)]
 
     def _next_to_prefill(self, plan: StepPlan) -> tuple[Line, Sequence] | None:
         """The line whose turn it is, and the sequence to compute a chunk of; it is admitted first if it waited.
 
         A waiting sequence with a sooner priority is admitted before prefill of another in its line continues.
         """
+        if not self._running.prefilling and not self._waiting.lines:
+            return None
         begun_sequences = [each for each in self._begun() if each.num_computed != each.held.checkpoint]
         if not begun_sequences and not self._waiting.lines:
             return None
@@ -373,7 +373,7 @@ class Scheduler:
             if match is None:
                 self._waiting.refuse(line)
                 return None
-            if is_being_computed(sequence, match, self._running):
+            if is_being_computed(sequence, match, self._running.prefilling):
                 return None
             self._waiting.pop(line)
             if self._loads.wait(sequence, match, plan):
@@ -446,8 +446,8 @@ class Scheduler:
         """How many blocks more than are free ``sequence`` needs to be admitted."""
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
-        slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
-        missing = self.cache.pool.blocks_for(len(sequence.chain)) + slack - self._free_for(sequence)
+        pool, blocks = self.cache.pool, self.cache.pool.blocks_for(len(sequence.chain))
+        missing = blocks + len(self._running.decoding) - pool.free_for(sequence.chain.owner(blocks - 1))
         if missing <= 0:
             return missing
         # What others hold already costs nothing; all else comes out of the free blocks.
@@ -461,8 +461,7 @@ class Scheduler:
         lease.extend(len(sequence.chain))
         sequence.lease = lease
         sequence.num_computed = lease.hit_tokens
-        sequence.status = SequenceStatus.PREFILLING
-        self._running.append(sequence)
+        self._running.admit(sequence)
         if bypasses:
             self.stats.bypass_tokens += len(sequence.chain)
         else:

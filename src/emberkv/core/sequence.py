@@ -1,8 +1,11 @@
 """A sequence: one request's tokens on their way through the scheduler; and what one step computes of sequences."""
 
-from collections.abc import Mapping
+from bisect import insort
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain as joined
+from operator import attrgetter
 from typing import NamedTuple
 
 from emberkv.core.block import BlockCopy, Match, MatchEnd
@@ -93,16 +96,16 @@ class Sequence:
         return (self.priority, self.order)
 
 
-def is_being_computed(sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
-    """Whether the prefill of a running sequence is about to compute the first block that ``sequence`` lacks.
+def is_being_computed(sequence: Sequence, match: Match, prefilling: list[Sequence]) -> bool:
+    """Whether the prefill of one of ``prefilling`` is about to compute the first block that ``sequence`` lacks.
 
     match: what of ``sequence`` is cached.
     """
     block, block_hashes = len(match.blocks), sequence.chain.block_hashes
     if match.end is MatchEnd.OFF or block >= len(block_hashes):
         return False
-    for each in running:
-        if each.status is not SequenceStatus.PREFILLING or each.priority > sequence.priority:
+    for each in prefilling:
+        if each.priority > sequence.priority:
             continue
         others = each.chain.block_hashes
         if each.held.num_committed <= block < len(others) and others[block] == block_hashes[block]:
@@ -118,9 +121,11 @@ def advance_leases(sequences: list[Sequence], steps: int, block_size: int, *, pl
     """
     filling: dict[int, list[tuple[Lease, int]]] = {}  # by step: leases, and the tokens that they then have
     for sequence in sequences:
-        lease, computed = sequence.held, sequence.num_computed
-        for step in range(block_size - computed % block_size, steps + 1, block_size):
-            filling.setdefault(step, []).append((lease, computed + step))
+        computed = sequence.num_computed
+        first = block_size - computed % block_size
+        if first <= steps:
+            for step in range(first, steps + 1, block_size):
+                filling.setdefault(step, []).append((sequence.held, computed + step))
     for step in sorted(filling):
         for lease, tokens in filling[step]:
             lease.commit_decoded(tokens)
@@ -130,6 +135,44 @@ def advance_leases(sequences: list[Sequence], steps: int, block_size: int, *, pl
     for sequence in sequences:
         sequence.num_computed += steps
         sequence.held.commit_decoded(sequence.num_computed)
+
+
+_BY_RANK = attrgetter("priority", "order")
+"""`Sequence.rank`, without a call in Python."""
+
+
+class RunningSequences:
+    """The admitted sequences, by what a step computes of them.
+
+    decoding: a token each; in the order of `Sequence.rank`. prefilling: prompt tokens, all of which may be planned
+    already; in the order of admission.
+    """
+
+    __slots__ = ("decoding", "prefilling")
+
+    def __init__(self) -> None:
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return joined(self.decoding, self.prefilling)
+
+    def admit(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.PREFILLING
+        self.prefilling.append(sequence)
+
+    def begin_decoding(self, sequence: Sequence) -> None:
+        """The token behind the prompt of ``sequence`` is sampled."""
+        self.prefilling.remove(sequence)
+        sequence.status = SequenceStatus.DECODING
+        insort(self.decoding, sequence, key=_BY_RANK)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Raises ValueError for a sequence that is not running."""
+        (self.decoding if sequence.status is SequenceStatus.DECODING else self.prefilling).remove(sequence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ comes back from idleness starts at the counter served last, as in start-time fai
 so that idleness earns no credit.
 """
 
-from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
@@ -151,13 +151,8 @@ class WaitingQueue:
         self._free_for = free_for
         self.tenants: TokenCounters[str] = TokenCounters(weights)
         self._of_tenant: dict[str, TokenCounters[bool]] = {}
-        self._lines: dict[Line, _Waiting] = {}
+        self.lines: dict[Line, _Waiting] = {}  # those with sequences in them, of which all may have ended
         self._generation = 0
-
-    @property
-    def lines(self) -> KeysView[Line]:
-        """The lines with sequences in them, and perhaps some in which all have ended."""
-        return self._lines.keys()
 
     def push(self, sequence: Sequence, begun: Iterable[Sequence] = ()) -> None:
         """Add a sequence to its line. begun: the running sequences with prompt tokens left to compute."""
@@ -170,10 +165,10 @@ class WaitingQueue:
                 self._of_tenant[tenant] = TokenCounters()
             self._of_tenant[tenant].activate(line.short)
         sequence.status = SequenceStatus.WAITING
-        waiting = self._lines.get(line)
+        waiting = self.lines.get(line)
         if waiting is None:
-            waiting = self._lines[line] = _Waiting()
-        heappush(waiting.heap, (*sequence.rank, sequence))
+            waiting = self.lines[line] = _Waiting()
+        heappush(waiting.heap, (sequence.priority, sequence.order, sequence))
         waiting.refused = None
 
     def serve(self, line: Line, tokens: int) -> None:
@@ -201,7 +196,7 @@ class WaitingQueue:
             line = line_of(sequence)
             if line not in first or sequence.rank < first[line].rank:
                 first[line] = sequence
-        lines = {*first, *self._lines}
+        lines = {*first, *self.lines}
         if len(lines) == 1:
             line = lines.pop()
             return [(line, first.get(line))] if line in first or self.first(line) is not None else []
@@ -216,37 +211,36 @@ class WaitingQueue:
 
     def first(self, line: Line) -> Sequence | None:
         """The next sequence of a line, whether or not it fits."""
-        waiting = self._lines.get(line)
+        waiting = self.lines.get(line)
         if waiting is None:
             return None
         while waiting.heap and waiting.heap[0][2].status is not SequenceStatus.WAITING:
             heappop(waiting.heap)
             waiting.refused = None
         if not waiting.heap:
-            del self._lines[line]
+            del self.lines[line]
             return None
         return waiting.heap[0][2]
 
     def is_refused(self, line: Line) -> bool:
-        """Whether the next sequence of a line is known not to fit."""
-        sequence = self.first(line)
-        refused = self._lines[line].refused if sequence is not None else None
-        if sequence is None or refused is None:
+        """Whether the sequence that `first` returned is known not to fit."""
+        waiting = self.lines[line]
+        if waiting.refused is None:
             return False
-        generation, free = refused
-        return generation == self._generation and self._free_for(sequence) <= free
+        generation, free = waiting.refused
+        return generation == self._generation and self._free_for(waiting.heap[0][2]) <= free
 
     def pop(self, line: Line) -> None:
         """Take out the sequence that `first` returned."""
-        waiting = self._lines[line]
+        waiting = self.lines[line]
         heappop(waiting.heap)
         waiting.refused = None
         if not waiting.heap:
-            del self._lines[line]
+            del self.lines[line]
 
     def refuse(self, line: Line) -> None:
         """The sequence that `first` returned does not fit."""
-        waiting = self._lines[line]
+        waiting = self.lines[line]
         waiting.refused = (self._generation, self._free_for(waiting.heap[0][2]))
 
     def forget_refusals(self) -> None:

@@ -4,7 +4,7 @@ import csv
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple, TextIO
 
 from emberkv.core.hashing import BlockHash
@@ -12,7 +12,7 @@ from emberkv.sim.timing import NANOSECONDS
 from emberkv.workload.request import Request
 
 
-class Status(Enum):
+class Status(StrEnum):
     """How a request ended.
 
     >>> [status.value for status in Status]
@@ -25,7 +25,7 @@ class Status(Enum):
     UNFINISHED = "unfinished"  # the simulation ended first
 
 
-class CacheEvent(Enum):
+class CacheEvent(StrEnum):
     """What a request found, when it was first admitted (or its last retry was)."""
 
     CONVERSATIONAL_HIT = "CONVERSATIONAL_HIT"  # a later turn of its session that found something
@@ -36,7 +36,7 @@ class CacheEvent(Enum):
     # a later turn that found nothing, and whose prompt does not go on from what its session left
 
 
-class TurnKind(Enum):
+class TurnKind(StrEnum):
     """A request's place in its session, as far as this simulation has seen it."""
 
     FIRST = "first"  # or of no session
@@ -158,16 +158,13 @@ COLUMNS = (
 """The columns of the CSV; one for each lower tier follows, ``<tier>_tokens``."""
 
 
-def _seconds(time: int | None) -> float | str:
-    return "" if time is None else time / NANOSECONDS
-
-
-def _blank(value: float | None) -> float | str:
-    return "" if value is None else value
+def _seconds(time: int | None) -> float | None:
+    return None if time is None else time / NANOSECONDS
 
 
 class CsvRows:
-    """Writes one row for each outcome as it comes. Numbers are written so that they read back as they were.
+    """Writes one row for each outcome as it comes. Numbers are written so that they read back as they were, None as
+    nothing.
 
     >>> from io import StringIO
     >>> file = StringIO()
@@ -182,16 +179,16 @@ class CsvRows:
         self._csv.writerow([*COLUMNS, *(f"{tier}_tokens" for tier in tiers)])
 
     def add(self, outcome: RequestOutcome) -> None:
-        request, replica = outcome.request, outcome.replica
+        request = outcome.request
         self._csv.writerow([
             request.request_id, request.client_id, request.session_id, request.prompt_tokens,
             request.max_output_tokens, outcome.output_tokens, _seconds(outcome.arrival),
-            _seconds(outcome.first_token), _seconds(outcome.completion), outcome.status.value,
-            _blank(ttft_ms(outcome.arrival, outcome.first_token)),
-            _blank(tpot_ms(outcome.first_token, outcome.completion, outcome.output_tokens)),
-            _blank(e2e_ms(outcome.arrival, outcome.completion)),
-            str(outcome.turn is not TurnKind.FIRST).lower(), outcome.event.value if outcome.event else "",
-            outcome.cached_tokens, outcome.prefilled_tokens, "" if replica is None else replica, outcome.preemptions,
+            _seconds(outcome.first_token), _seconds(outcome.completion), outcome.status,
+            ttft_ms(outcome.arrival, outcome.first_token),
+            tpot_ms(outcome.first_token, outcome.completion, outcome.output_tokens),
+            e2e_ms(outcome.arrival, outcome.completion),
+            str(outcome.turn is not TurnKind.FIRST).lower(), outcome.event,
+            outcome.cached_tokens, outcome.prefilled_tokens, outcome.replica, outcome.preemptions,
             outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self._tiers),
         ])  # fmt: skip
 

@@ -185,9 +185,12 @@ class Replica:
 
         Returns the requests that can never be served.
         """
-        for transfer in self._arrived:
-            self.scheduler.loaded(transfer.load, transfer.exact)
-        self._arrived.clear()
+        if self._arrived:
+            for transfer in self._arrived:
+                self.scheduler.loaded(transfer.load, transfer.exact)
+            self._arrived.clear()
+        if not self._inbox:
+            return []
         rejected = []
         for simulated in self._inbox:
             try:
@@ -228,21 +231,24 @@ class Replica:
         assert step is not None
         self.step = None
         plan = step.plan
-        self._advance(step, step.count - 1)
+        steps = step.count - step.done
+        if steps > 1:
+            _grow(plan, steps - 1)
         ready = plan.decodes
         if plan.prefills:
             self._prefilled(step)
-            ready = [*ready, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
-        stopped = set()
+            ready = [*ready, *[chunk.sequence for chunk in plan.prefills if chunk.samples]]
+        sampled: dict[str, int] = {}
+        stopped: set[str] = set()
         for sequence in ready:
-            simulated = self._requests[sequence.request_id]
+            request_id = sequence.request_id
+            simulated = self._requests[request_id]
             if simulated.first_token is None:
                 simulated.first_token = step.ends
             if simulated.ends_early and len(sequence.chain) == simulated.last_length:
-                stopped.add(sequence.request_id)
-        # Chains know their own answers and take whatever token is given.
-        sampled = dict.fromkeys([sequence.request_id for sequence in ready], 0)
-        finished = self.scheduler.complete(plan, sampled, stopped)
+                stopped.add(request_id)
+            sampled[request_id] = 0  # chains know their own answers and take whatever token is given
+        finished = self.scheduler.complete(plan, sampled, stopped, steps=steps)
         if self.lower is not None:
             self._offload(self.lower, step)
         return [self._drop(sequence.request_id) for sequence in finished]
@@ -324,9 +330,7 @@ class Replica:
         """Account for the first ``done`` of steps taken together, as far as it was not done before."""
         steps = done - step.done
         if steps > 0:
-            for sequence in step.plan.decodes:
-                assert isinstance(sequence.chain, ContentChain)
-                sequence.chain.grow(steps)
+            _grow(step.plan, steps)
             self.scheduler.advance(step.plan, steps, planned=planned)
             step.done = done
 
@@ -372,6 +376,13 @@ class Replica:
         simulated = self._requests.pop(request_id)
         self.state.load -= simulated.request.prompt_tokens
         return simulated
+
+
+def _grow(plan: StepPlan, steps: int) -> None:
+    """Let each decoding sequence have the tokens that ``steps`` steps append."""
+    for sequence in plan.decodes:
+        assert isinstance(sequence.chain, ContentChain)
+        sequence.chain.grow(steps)
 
 
 MOST_SAMPLES = 512

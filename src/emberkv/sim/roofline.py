@@ -4,7 +4,9 @@ A roofline (Williams, Waterman and Patterson, 2009) with measured efficiencies: 
 arithmetic or its memory traffic, whichever is longer, at the share of the peak that kernels of its size reach.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import log, sqrt
 from typing import NamedTuple
 
@@ -15,6 +17,9 @@ from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
 from emberkv.sim.timing import ChunkWork, StepTerms, StepWork
 
 MEGABYTE = 1e6
+
+REMEMBERED = 4096
+"""Times of attention of which the last ones are kept, as steps resemble one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ class Roofline:
         self._element_bytes = DTYPE_BITS[model.base_dtype] / 8
         self._rows: dict[tuple[int, int, int], _RowTerms] = {}
         self._sampled: dict[int, float] = {}
+        self._read_kv: Callable[[int], float] = lru_cache(REMEMBERED)(self._seconds_to_read_kv)
+        self._prefill_attention: Callable[[int, int, bool], float] = lru_cache(REMEMBERED)(self._seconds_to_prefill)
 
     def step_seconds(self, plan: StepPlan) -> float:
         """Seconds of a step, which is not empty."""
@@ -270,7 +277,8 @@ class Roofline:
             seconds += model.window_layers * self._read_kv(min(context, sequences * model.window))
         return seconds
 
-    def _prefill_attention(self, start: int, stop: int, samples: bool) -> float:
+    def _seconds_to_prefill(self, start: int, stop: int, samples: bool) -> float:
+        """A chunk's attention in all layers."""
         windowed = self.model.window_layers
         full = self.model.layers - windowed
         if not self._last_wanted:
@@ -293,7 +301,7 @@ class Roofline:
         computed = self._score_flops * pairs / (self._attention_flops * self._prefill_share.at(sqrt(2 * pairs)))
         return max(computed, self._read_kv(reach))
 
-    def _read_kv(self, tokens: int) -> float:
+    def _seconds_to_read_kv(self, tokens: int) -> float:
         """One layer's keys and values of ``tokens``."""
         read = tokens * self._kv_bytes
         seconds = read / (self._bandwidth * self._decode_share.at(read / MEGABYTE))

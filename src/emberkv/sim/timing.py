@@ -142,7 +142,7 @@ class StepClock:
         return SteadyRun(self, sequences, context, steps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SteadyRun:
     """Steps that only decode, one after the other, with nothing happening in between.
 

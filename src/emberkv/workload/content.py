@@ -8,7 +8,7 @@ exactly as far as their contents are equal; different streams share nothing.
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256, shake_128
 from itertools import accumulate, repeat
 from struct import Struct
@@ -21,11 +21,35 @@ SCOPE_BYTES = 8
 MAX_TOKEN = 2**31
 
 
-def stream_key(*names: str | int) -> bytes:
-    """The key of the stream with these names. Names are length-prefixed, so that no two lists run together."""
+def _prefixed(*names: str | int) -> bytes:
+    """The names, each behind its length, so that no two lists run together."""
     fields = [str(name).encode() for name in names]
-    prefixed = [len(field).to_bytes(8, "little") + field for field in fields]
-    return sha256(b"emberkv-stream-1" + b"".join(prefixed)).digest()[:KEY_BYTES]
+    return b"".join([len(field).to_bytes(8, "little") + field for field in fields])
+
+
+_prefixed_again = lru_cache(1024, typed=True)(_prefixed)
+"""`_prefixed`, of names that many streams end with."""
+
+
+class StreamKeys:
+    """The keys of streams whose names begin alike; what they have in common is encoded once.
+
+    >>> StreamKeys("chat", "s0").key(1, "answer") == stream_key("chat", "s0", 1, "answer")
+    True
+    """
+
+    __slots__ = ("_beginning",)
+
+    def __init__(self, *names: str | int) -> None:
+        self._beginning = b"emberkv-stream-1" + _prefixed(*names)
+
+    def key(self, *names: str | int) -> bytes:
+        return sha256(self._beginning + _prefixed_again(*names)).digest()[:KEY_BYTES]
+
+
+def stream_key(*names: str | int) -> bytes:
+    """The key of the stream with these names."""
+    return StreamKeys(*names).key()
 
 
 _BOUNDS = Struct(">QQ")  # big-endian: encoded spans that go on longer together are nearer in the order of their bytes
@@ -121,7 +145,7 @@ class Content:
     __slots__ = ("_block_size", "_ends", "_keys", "_pieces")
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
-        self._take(tuple(_joined(pieces)))
+        self._take(tuple(_joined(pieces)), None)
 
     @classmethod
     def of_blocks(cls, keys: Sequence[bytes], size: int, tokens: int) -> "Content":
@@ -135,15 +159,15 @@ class Content:
         return content
 
     @classmethod
-    def _of(cls, joined: tuple[Piece, ...]) -> "Content":
-        """A content of pieces that are joined already, none of them empty."""
+    def _of(cls, joined: tuple[Piece, ...], ends: list[int] | None = None) -> "Content":
+        """A content of pieces that are joined already, none of them empty. ends: where each ends, if that is known."""
         content = Content.__new__(Content)
-        content._take(joined)
+        content._take(joined, ends)
         return content
 
-    def _take(self, joined: tuple[Piece, ...]) -> None:
+    def _take(self, joined: tuple[Piece, ...], ends: list[int] | None) -> None:
         self._pieces: tuple[Piece, ...] | None = joined
-        self._ends = list(accumulate([piece.size for piece in joined]))
+        self._ends = list(accumulate([piece.size for piece in joined])) if ends is None else ends
         self._keys: Sequence[bytes] = ()
         self._block_size = 0  # set by of_blocks alone
 
@@ -170,11 +194,18 @@ class Content:
         return hash((len(self), len(self.pieces)))
 
     def __add__(self, other: "Content") -> "Content":
-        """The contents one after the other. Only the seam is joined: histories are long, and additions short."""
-        if not (self.pieces and other.pieces):
-            return other if other.pieces else self
-        seam = _joined((self.pieces[-1], other.pieces[0]))
-        return Content._of((*self.pieces[:-1], *seam, *other.pieces[1:]))
+        """The contents one after the other."""
+        return self.followed_by(other.pieces) if self._ends else other
+
+    def followed_by(self, pieces: Iterable[Piece]) -> "Content":
+        """The content with more behind it. Only the seam is joined: histories are long, and additions short."""
+        own, ends = self.pieces, self._ends[:-1]
+        added = _joined((*own[-1:], *pieces))
+        end = ends[-1] if ends else 0
+        for piece in added:
+            end += piece.size
+            ends.append(end)
+        return Content._of((*own[:-1], *added), ends)
 
     def cut(self, start: int, stop: int) -> "Content":
         """Tokens ``[start, stop)``; less where the content ends sooner."""
@@ -184,13 +215,15 @@ class Content:
 
     def encode(self, start: int, stop: int) -> bytes:
         """Bytes that stand for tokens ``[start, stop)``, which the content must have: equal for equal contents only."""
-        index = bisect_right(self._ends, start)
-        end = self._ends[index]
-        if stop <= end:
-            piece = self.pieces[index]
+        pieces, ends, encoded = self.pieces, self._ends, b""
+        index = bisect_right(ends, start)
+        while start < stop:
+            piece, end = pieces[index], ends[index]
+            last = stop if stop < end else end
             before = end - piece.size
-            return piece.encode(start - before, stop - before)
-        return b"".join(piece.encode(first, last) for piece, first, last in self._parts(start, stop))
+            encoded += piece.encode(start - before, last - before)
+            start, index = last, index + 1
+        return encoded
 
     def begins_like(self, other: "Content", stop: int) -> bool:
         """Whether the first ``stop`` tokens are those of ``other``; both have as many."""
@@ -198,11 +231,12 @@ class Content:
             return True
         start = 0
         for own, others in zip(self.pieces, other.pieces, strict=False):
-            if start + min(own.size, others.size) >= stop:
-                return own.cut(0, stop - start) == others.cut(0, stop - start)
             if own != others:
-                return False
+                rest = stop - start
+                return min(own.size, others.size) >= rest and own.cut(0, rest) == others.cut(0, rest)
             start += own.size
+            if start >= stop:
+                break
         return True
 
     def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import NamedTuple
 
 from emberkv.core.hashing import BlockHash
 from emberkv.workload.content import Content, Span, stream_key
@@ -115,8 +116,7 @@ class ContentChain:
         self._next_full = (length // size + 1) * size
 
 
-@dataclass(frozen=True, slots=True)
-class After:
+class After(NamedTuple):
     """The request that this one follows: it arrives ``think_time`` seconds after that one completed.
 
     >>> After("s0.0", think_time=4.0).request_id
@@ -127,7 +127,7 @@ class After:
     think_time: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
     """One request. arrival_time: seconds from the workload's start.
 
@@ -165,7 +165,7 @@ class Request:
         missing = self.prompt_tokens + self.output_tokens - len(self.content)
         if missing <= 0:
             return self.content
-        return self.content + Content([Span(stream_key("private", self.request_id), 0, missing)])
+        return self.content.followed_by([Span(stream_key("private", self.request_id), 0, missing)])
 
     def chain(self, root: BlockHash, block_size: int, earlier: ContentChain | None = None) -> ContentChain:
         """The chain of this request as a scheduler's sequence has it: the prompt, and `append` takes its own answer.

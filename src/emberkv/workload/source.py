@@ -11,7 +11,7 @@ from typing import Protocol
 
 from emberkv.errors import WorkloadError
 from emberkv.workload.bounds import MOST_SECONDS, MOST_TOKENS, MOST_TURNS
-from emberkv.workload.content import Content, Span, stream_key
+from emberkv.workload.content import Content, Span, StreamKeys, stream_key
 from emberkv.workload.request import After, Request
 from emberkv.workload.spec import GeneratedWorkload, Profile, SystemPrompts, load_workload, whole
 from emberkv.workload.trace import TraceFormat, read_trace
@@ -82,8 +82,8 @@ class GeneratedConversation:
 
     def __init__(self, context: WorkloadContext, number: int) -> None:
         self._rng = Random(f"{context.workload.seed}/session/{number}")
-        self._workload = context.name
         self.session_id = f"s{number}"
+        self._streams = StreamKeys(context.name, self.session_id)
         self.profile = context.choose_profile(self._rng)
         self._history = context.choose_system_prompt(self.profile, self._rng)
         self._turns_left = whole(self.profile.turns.sample(self._rng), most=MOST_TURNS)
@@ -112,8 +112,8 @@ class GeneratedConversation:
         limit = self.profile.max_output_tokens
         drawn = whole(self.profile.output.sample(self._rng))
         output = drawn if limit is None else min(drawn, limit)
-        said = Span(stream_key(self._workload, self.session_id, self._turn, "message"), 0, message)
-        answer = Span(stream_key(self._workload, self.session_id, self._turn, "answer"), 0, output)
+        said = Span(self._streams.key(self._turn, "message"), 0, message)
+        answer = Span(self._streams.key(self._turn, "answer"), 0, output)
         prompt = len(self._history) + message
         if prompt > MOST_TOKENS:
             raise WorkloadError(
@@ -130,7 +130,7 @@ class GeneratedConversation:
             prompt_tokens=prompt,
             output_tokens=output,
             max_output_tokens=output if limit is None else limit,
-            content=self._history + Content([said, answer]),
+            content=self._history.followed_by((said, answer)),
             client_id=self.profile.name,
             session_id=self.session_id,
             turn=self._turn,

@@ -274,6 +274,9 @@ class LRU(EvictionPolicy[K]):
     def __len__(self) -> int:
         return len(self._order)
 
+    def available_to(self, owner: str) -> int:
+        return len(self._order)
+
     def admit_many(self, keys: Sequence[K], costs: Iterable[EntryCost]) -> None:
         """Recency begins with the release, and costs make no difference."""
 
