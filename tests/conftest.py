@@ -91,9 +91,15 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole servers first: their files take longest, and one that is begun last would leave a core idle."""
-    servers = Path(__file__).parent / "e2e"
-    items.sort(key=lambda item: servers not in item.path.parents)
+    """First whole servers and the engine: their files take longest, and one that is begun last would leave cores idle.
+    They take turns, as tests of servers mostly wait and those of the engine compute.
+    """
+    files = dict.fromkeys(item.path for item in items)
+    place: dict[Path, float] = {}
+    for folder in ("e2e", "engine"):
+        chosen = [file for file in files if Path(__file__).parent / folder in file.parents]
+        place |= {file: number / len(chosen) for number, file in enumerate(chosen)}
+    items.sort(key=lambda item: place.get(item.path, 1.0))
 
 
 @pytest.fixture(scope="module", autouse=True)
