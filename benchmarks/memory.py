@@ -3,14 +3,16 @@
     python -m benchmarks.memory [--emberkv "COMMAND"] [--model FOLDER] [--quantize int8] [--cache-ram 1GiB]
         [--out PREFIX]
 
-The constant is measured, not fitted: a server of the same vocabulary and heads, but of one narrow layer and a 1 MiB
-pool, is started and asked a part of the same requests; what it keeps resident beyond its own weights and pool is the
-constant. It consists of the interpreter and the imported libraries, the tokenizer, the HTTP server, threads, and
+The constant is measured, not fitted: a server of the same vocabulary, tokenizer and heads, but of one narrow layer and a
+1 MiB pool, is started and asked a part of the same requests; what it keeps resident beyond its own weights and pool is
+the constant. It consists of the interpreter and the imported libraries, the tokenizer, the HTTP server, threads, and
 buffers that depend on the longest prompt rather than on the model. Exits with 1 when a target is missed.
 """
 
 import asyncio
+import math
 import random
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,9 @@ from pydantic import ByteSize, TypeAdapter
 
 from emberkv.cli.bench import connect
 from emberkv.engine.torch.model.description import describe_model
+from emberkv.engine.torch.model.inspection import inspect_model
+from emberkv.engine.torch.model.loader import open_source
+from emberkv.engine.torch.quantization.weight import DEFAULT_GROUP
 
 LONG = 2000  # tokens of the prompts that fill the pool
 SHORT = (32, 256)  # tokens of the prompts after that, from and to
@@ -137,9 +142,18 @@ def rows(seen: Residence, weights: int, pool: int, constant: int) -> list[Row]:
     ]
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(model: Path, work: Path) -> Path:
+    """A model with the vocabulary, the tokenizer and the number of heads of ``model``, of one narrow layer."""
+    geometry = inspect_model(open_source(model).config).geometry
+    heads = geometry.num_heads
+    folder = work / f"tiny-qwen2-{geometry.vocab_size}-{heads}-{geometry.num_kv_heads}"
     if not (folder / "config.json").exists():
-        write_model(folder, hidden=64, intermediate=64, layers=1)
+        write_model(
+            folder, hidden=math.lcm(8 * heads, DEFAULT_GROUP), heads=heads, kv_heads=geometry.num_kv_heads,
+            intermediate=64, layers=1, vocab=geometry.vocab_size,
+        )  # fmt: skip
+    for path in model.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
     return folder
 
 
@@ -156,11 +170,11 @@ def main() -> int:
     }  # fmt: skip
     about = report.about("benchmarks.memory", __doc__, **settings)
     rng, log = random.Random(given.seed), arguments.WORK / "emberkv.log"
-    tiny = tiny_model(arguments.WORK / "tiny-qwen2")
+    model = ensure_model(given.model)
+    tiny = tiny_model(model, arguments.WORK)
     flags = ("--quantize", given.quantize) if given.quantize else ()
     bare = serve_and_observe(lib.emberkv_server(given.emberkv, tiny, "--cache-ram", TINY_POOL, *flags), log, rng, BATCH)
     constant = bare.last - weights(tiny, given.quantize) - size_of(TINY_POOL)
-    model = ensure_model(given.model)
     full = lib.emberkv_server(given.emberkv, model, "--cache-ram", given.cache_ram, *flags)
     seen = serve_and_observe(full, log, rng, given.requests)
     found = rows(seen, weights(model, given.quantize), size_of(given.cache_ram), constant)

@@ -19,6 +19,7 @@ from emberkv.cli import command
 from emberkv.config import ServeConfig, TierSettings
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
+from emberkv.heap import freed_memory_returned
 from emberkv.serving.api.warmup_requests import read_warmup_requests, request_prompts
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
@@ -229,7 +230,7 @@ class Startup:
 
     def _serve(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup, str]":
         """Load the model, start its engine and begin to warm it. Returns these and the model's name."""
-        with gc_frozen():
+        with freed_memory_returned(), gc_frozen():
             loaded, engine, warmup = _on_a_thread_that_ends(self._load)
         self._warmup = warmup
         self._engine = engine

@@ -1,8 +1,6 @@
 """Builds an engine: loads a model as options say, finds room for its KV pool, and assembles what stands above it."""
 
-import ctypes
 import logging
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +31,7 @@ from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.quantization.weight import Fit, QuantizedWeight
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, KernelsError, UnsupportedModelError, reason_of
+from emberkv.heap import return_freed_memory
 
 _log = logging.getLogger(__name__)
 
@@ -113,17 +112,8 @@ def checked_executor(
         ) from error
     if passed is not None and known is None:
         passed.keep(key, executor.findings)
-    _return_freed_memory()
+    return_freed_memory()
     return executor
-
-
-def _return_freed_memory() -> None:
-    """Give back to the system what loading and trying the model has freed, which glibc keeps: a fifth of what is
-    resident, for 494M parameters that were rounded to 8 bits.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _check_key(loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None) -> str:

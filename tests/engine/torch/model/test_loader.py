@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen2Tokenizer
 
 from emberkv.engine.torch.model.loader import ModelDtypes, choose_device, choose_dtype, load_model
+from emberkv.engine.torch.model.source import read_tokenizer
 from emberkv.errors import ConfigError, CorruptModelError
 from tests.architectures import SUPPORTED
 from tests.conftest import CheckpointFactory
@@ -134,6 +135,15 @@ def test_weights_that_are_replaced_while_they_are_loaded_are_refused(
 
     with pytest.raises(CorruptModelError, match="changed while they were loaded"):
         load_model(str(copied), progress=replace)
+
+
+def test_nothing_holds_the_vocabulary_beside_the_backend(copied: Path) -> None:
+    config = copied / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
+    tokenizer = read_tokenizer(copied)
+    assert type(tokenizer) is Qwen2Tokenizer  # which keeps the vocabulary and the merges that it makes its backend of
+    assert len(tokenizer) == VOCAB_SIZE
+    assert max(len(part) for part in vars(tokenizer).values() if isinstance(part, dict | list)) < 100
 
 
 def test_eos_tokens_may_be_a_list(copied: Path) -> None:

@@ -392,6 +392,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise UnsupportedModelError(
             f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
         )
+    # Classes that make their backend themselves keep what they make it of: for Qwen2.5, as much again as the backend.
+    for part in ("_vocab", "_merges"):
+        vars(tokenizer).pop(part, None)
     return tokenizer
 
 
