@@ -3,9 +3,9 @@
     python -m benchmarks.memory [--emberkv "COMMAND"] [--model FOLDER] [--quantize int8] [--cache-ram 1GiB]
         [--out PREFIX]
 
-The constant is measured, not fitted: a server of the same vocabulary, tokenizer and heads, but of one narrow layer and a
-1 MiB pool, is started and asked a part of the same requests; what it keeps resident beyond its own weights and pool is
-the constant. It consists of the interpreter and the imported libraries, the tokenizer, the HTTP server, threads, and
+The constant is measured, not fitted: a server of the same vocabulary, tokenizer and heads, but of one narrow layer and
+a 1 MiB pool, is started and asked a part of the same requests; what it keeps resident beyond its own weights and pool
+is the constant. It consists of the interpreter and the imported libraries, the tokenizer, the HTTP server, threads, and
 buffers that depend on the longest prompt rather than on the model. Exits with 1 when a target is missed.
 """
 

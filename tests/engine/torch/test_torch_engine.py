@@ -1,6 +1,7 @@
 """The engine against transformers' own forward pass, and what it finds out about the model and the machine."""
 
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from emberkv.engine.torch import engine as engine_module
+from emberkv.engine.torch import self_check
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.namespace import namespace_of
@@ -219,6 +222,23 @@ def test_the_kernels_do_not_hide_that_results_depend_on_the_number_of_rows(
 @pytest.mark.parametrize("num_blocks", [1, 3, 64])
 def test_the_check_against_the_plain_forward_passes(paged: ModelFactory, arch: str, num_blocks: int) -> None:
     engine(paged(arch), num_blocks=num_blocks).check_against_plain_forward()
+
+
+def test_the_logits_of_the_plain_forward_are_freed_with_the_check(
+    paged: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def plain_logits(loaded: LoadedModel, pool_tokens: int) -> Tensor:
+        logits = self_check.plain_logits(loaded, pool_tokens)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(engine_module, "plain_logits", plain_logits)
+    checked = engine(paged("llama"))
+    assert [logits() is not None for logits in made] == [True]
+    checked.check_against_plain_forward()
+    assert [logits() for logits in made] == [None]
 
 
 def test_a_model_that_the_paged_attention_does_not_reproduce_is_refused(paged: ModelFactory) -> None:

@@ -392,7 +392,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise UnsupportedModelError(
             f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
         )
-    # Classes that make their backend themselves keep what they make it of: for Qwen2.5, as much again as the backend.
+    # Classes that make their backend themselves keep what they make it of: 56 MiB for 152,000 tokens.
     for part in ("_vocab", "_merges"):
         vars(tokenizer).pop(part, None)
     return tokenizer

@@ -144,6 +144,13 @@ class QuantizedWeight:
         offsets = None if self.offsets is None else self.offsets[some]
         return QuantizedWeight(self.codes[some], self.scales[some], offsets, self.group, self.bits)
 
+    def fill(self, other: "QuantizedWeight") -> None:
+        """Take the values of a weight of the same shape and form."""
+        self.codes.copy_(other.codes)
+        self.scales.copy_(other.scales)
+        if self.offsets is not None and other.offsets is not None:
+            self.offsets.copy_(other.offsets)
+
     def reordered(self, rows: Tensor) -> "QuantizedWeight":
         """Its outputs in another order. rows: int64 ``[out]``, the output that comes in each place."""
         offsets = None if self.offsets is None else self.offsets[rows]
@@ -216,18 +223,15 @@ def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP, *, fit: Fit
     some = weight[:: -(-weight.numel() // _SAMPLE)]
     fit = fitted if fit is None else fit
     offsets = bits == 4 and _gain_by_offsets(_groups(some, group), fit) > 0
-    rows = max(1, _SLICE // weight.shape[1])
-    found = [
-        fit(values) if offsets else _rounded(values, bits)
-        for values in (_groups(each, group) for each in torch.split(weight, rows))
-    ]
-    return QuantizedWeight(
-        torch.cat([part.codes for part in found]),
-        torch.cat([part.scales for part in found]),
-        torch.cat([part.offsets for part in found if part.offsets is not None]) if offsets else None,
-        group,
-        bits,
-    )
+    outputs, inputs = weight.shape
+    codes = weight.new_empty(outputs, inputs * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = weight.new_empty(outputs, inputs // group, dtype=torch.float32)
+    whole = QuantizedWeight(codes, scales, torch.empty_like(scales) if offsets else None, group, bits)
+    rows = max(1, _SLICE // inputs)
+    for start in range(0, outputs, rows):
+        values = _groups(weight[start : start + rows], group)
+        whole.rows(start, start + rows).fill(fit(values) if offsets else _rounded(values, bits))
+    return whole
 
 
 def _groups(weight: Tensor, group: int) -> Tensor:
