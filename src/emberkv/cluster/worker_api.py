@@ -191,7 +191,7 @@ class WorkerRoutes:
         generation = Generation(self._engine(), request, self._outputs)
         self._running += 1
         self._lifecycle.track(generation)
-        return FrameStream(generation.frames(), partial(self._ended, generation))
+        return FrameStream(generation.frames(), partial(self._ended, generation), lambda: generation.is_over)
 
     def _ended(self, generation: "Generation") -> None:
         generation.close()
@@ -358,9 +358,14 @@ class Generation:
             self._engine.abort(self._request_id)
             self._send(wire.encode(failure(error)), ends=True)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `frames` has given out the last."""
+        return self._has_ended and not self._messages
+
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """What has come since the last frames, together; heartbeats while nothing comes."""
-        while self._messages or not self._has_ended:
+        while not self.is_over:
             self._has_message.clear()
             if self._messages:
                 data = b"".join(self._messages)
@@ -387,14 +392,22 @@ class Generation:
 
 
 class FrameStream(Response):
-    """Sends frames as they are made. on_end: called at the end, however it comes."""
+    """Sends frames as they are made. on_end: called at the end, however it comes. is_over: whether the frames given out
+    are the last, which then end the response.
+    """
 
     media_type = wire.MEDIA_TYPE
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        on_end: Callable[[], None],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         # not Response.__init__, which would give the stream the length of an empty body
         self._frames = frames
         self._on_end = on_end
+        self._is_over = is_over
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store"})
@@ -409,6 +422,9 @@ class FrameStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._frames) as frames:
             async for data in frames:
+                if self._is_over():
+                    await send({"type": "http.response.body", "body": data, "more_body": False})
+                    return
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -122,17 +122,26 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **self._early_headers, **early})
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         has_account = self._has_late_headers
+        made: list[bytes] = []
         async with (
             _Pings(self._times.ping, partial(self._send_ping, send)) as pings,
             aclosing(self._writer.events(self._answers)) as events,
         ):
+
+            async def send_made() -> None:
+                if made:
+                    pings.postpone()
+                    data = b"".join(made)
+                    made.clear()
+                    await send(_body(data))
+
+            self._answers.before_waiting = send_made  # what comes together is sent at once
             async for event in events:
                 if self._answers.has_ended and not has_account:
                     has_account = True
-                    event = sse_comments(self._account()) + event  # noqa: PLW2901 - sent in one piece
-                pings.postpone()
-                await send(_body(event))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    made.append(sse_comments(self._account()))
+                made.append(event)
+        await send({"type": "http.response.body", "body": b"".join(made), "more_body": False})
 
     async def _until_admitted(self) -> None:
         """Raises what ended the answers meanwhile."""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -102,13 +102,15 @@ class AnswerStream:
     the engine fails, and the error that the stream is interrupted with.
 
     clipped_to: the answers' ``max_tokens``, where the request asked for more than fit. history: see `Prompt`.
-    has_ended: whether all answers have come to their ends, so that their usage is final.
+    has_ended: whether all answers have come to their ends, so that their usage is final. before_waiting: awaited
+    whenever the iteration has given out all that there is.
     """
 
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
         self._engine = engine
         self._on_close = on_close
         self.on_exit: Callable[[], None] = lambda: None
+        self.before_waiting: Callable[[], Awaitable[None]] | None = None
         self._slots: list[_Slot] = []
         self._due: deque[_Slot] = deque()
         self._has_output = asyncio.Event()
@@ -172,6 +174,10 @@ class AnswerStream:
                         return delta
                 if all(slot.answer.finish_reason for slot in self._slots):
                     raise StopAsyncIteration
+                if self.before_waiting is not None:
+                    await self.before_waiting()
+                    if self._due or self._interruption is not None:  # they came meanwhile
+                        continue
                 self._has_output.clear()
                 await self._has_output.wait()
         except BaseException:
