@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from math import ceil
+from math import ceil, inf
 from typing import ClassVar, NamedTuple, overload
 
 from emberkv.core.events import POOL
@@ -49,7 +49,8 @@ class ReplicaState:
     load: tokens of work that the replica has, prompts of running requests included. up: whether it takes requests.
     queued_tokens: prompt tokens that it has yet to compute for requests sent to it before. prefill_rate: prompt tokens
     that it computes in a second, as measured; None before any was. step_seconds: of a step without prefill.
-    load_rates: tokens a second that it loads from each tier below its pool, as measured.
+    load_rates: tokens a second that it loads from each tier below its pool, as measured. unused_tokens: of prompts that
+    its pool can take in without evicting cached blocks.
     """
 
     load: float = 0.0
@@ -58,6 +59,7 @@ class ReplicaState:
     prefill_rate: float | None = None
     step_seconds: float = 0.0
     load_rates: Mapping[str, float] = field(default_factory=dict)
+    unused_tokens: float = inf
 
 
 class Order(Enum):
@@ -280,28 +282,33 @@ class ExpectedTtft(RoutingPolicy):
     """The replica with the shortest expected time to first token, where computing counts more than waiting.
 
     A replica's cost, in seconds: waiting for the prompt tokens in its queue, loading what lower tiers have, and
-    computing the rest, at that replica's measured rates (see `EQUAL_RATES`). Computing also delays later requests and
-    evicts other blocks, so its seconds are multiplied by ``1 + compute_weight``, and by up to ``spread`` more or less
-    where the replica was lately given more or less to compute than the mean, which spreads conversations that begin.
+    computing the rest, at that replica's measured rates (see `EQUAL_RATES`). Computing also delays later requests, so
+    its seconds are multiplied by ``1 + compute_weight``, where it evicts cached blocks by ``evict_weight`` more, and by
+    up to ``spread`` of that more or less where the replica was lately given more or less to compute than the mean,
+    which spreads conversations that begin.
 
     Replicas within ``tie`` times the whole prompt's computing time of the least cost are equal: the first by consistent
     hashing is taken, so that a cold fleet spreads prefixes stably. The hash key is the first block that no replica has.
     A session stays at its replica while that is equal to the best, what they were given lately left aside.
 
     Load is bounded: no request goes to a replica that waits longer than another by more than
-    ``1.5 * (1 + compute_weight) + tie`` times the time to compute the whole prompt there.
+    ``1.5 * (1 + compute_weight + evict_weight) + tie`` times the time to compute the whole prompt there.
     """
 
     reads_index = True
     follows_requests = True
     order: ClassVar[Order] = Order.RING
 
-    def __init__(self, *, compute_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03) -> None:
-        if compute_weight < 0 or not 0 <= spread <= 1 or tie < 0:
+    def __init__(
+        self, *, compute_weight: float = 1.0, evict_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03
+    ) -> None:
+        if min(compute_weight, evict_weight, spread, tie) < 0 or spread > 1:
             raise ConfigError(
-                f"compute_weight is {compute_weight}, spread {spread}, tie {tie}: use at least 0, for spread at most 1"
+                f"compute_weight is {compute_weight}, evict_weight {evict_weight}, spread {spread}, tie {tie}: use at "
+                "least 0, for spread at most 1"
             )
         self._weight = 1.0 + compute_weight
+        self._evict_weight = evict_weight
         self._spread = spread
         self._tie = tie
 
@@ -315,38 +322,38 @@ class ExpectedTtft(RoutingPolicy):
         up = [state for state in view.replicas if state.up]
         rates = [state.prefill_rate for state in up if state.prefill_rate]
         rate = sum(rates) / len(rates) if rates else ASSUMED_RATE
-        estimates = self._estimates(view, rate)
-        at, reason = self._chosen(view, estimates, self._tie * view.prompt_tokens / rate)
+        estimates, plain_costs = self._estimates(view, rate)
+        at, reason = self._chosen(view, estimates, plain_costs, self._tie * view.prompt_tokens / rate)
         chosen = Estimate(*estimates[at])
         return Decision(chosen.slot, reason, sum(chosen.cached_tokens.values()), _Estimates(estimates), chosen)
 
     def _chosen(
-        self, view: RoutingView, estimates: Sequence[_EstimateFields], margin: float
+        self, view: RoutingView, estimates: Sequence[_EstimateFields], plain_costs: Sequence[float], margin: float
     ) -> tuple[int, RoutingReason]:
-        """Which of the estimates is of the replica that is chosen."""
+        """Which of the estimates is of the replica that is chosen. plain_costs: see `_estimates`."""
         costs = [cost for _, _, _, cost, _, _ in estimates]
         least = min(costs)
         slots = [slot for slot, _, _, _, _, _ in estimates]
         equal = {slots[at]: at for at, cost in enumerate(costs) if cost <= least + margin}
         if view.home in slots:
             home = slots.index(view.home)
-            # what replicas were given lately left aside
-            plain = [wait + sum(load.values()) + self._weight * compute for _, wait, compute, _, load, _ in estimates]
-            if plain[home] <= min(plain) + margin:
+            if plain_costs[home] <= min(plain_costs) + margin:
                 return home, RoutingReason.LEAST_COST if [*equal.values()] == [home] else RoutingReason.SESSION
         if len(equal) == 1:
             return costs.index(least), RoutingReason.LEAST_COST
         return next((equal[slot] for slot in view.order if slot in equal), costs.index(least)), RoutingReason.TIE
 
-    def _estimates(self, view: RoutingView, mean_rate: float) -> list[_EstimateFields]:
-        """Of each replica that is up. It is one loop with what they share before it, as there may be many."""
+    def _estimates(self, view: RoutingView, mean_rate: float) -> tuple[list[_EstimateFields], list[float]]:
+        """Of each replica that is up, and their costs without regard to what they were given lately. It is one loop,
+        with what they share before it, as there may be many.
+        """
         given = [recent for recent, state in zip(view.recent, view.replicas, strict=True) if state.up]
         mean_recent = sum(given) / len(given)
         prompt_tokens = view.prompt_tokens or 1
         lowest, highest = mean_rate / EQUAL_RATES, mean_rate * EQUAL_RATES
         smoothed = mean_recent + FIRST_PROMPTS * prompt_tokens
-        weight, spread = self._weight, self._spread
         estimates: list[_EstimateFields] = []
+        plain_costs: list[float] = []
         for slot, (state, cached, recent) in enumerate(zip(view.replicas, view.cached, view.recent, strict=True)):
             if not state.up:
                 continue
@@ -359,13 +366,14 @@ class ExpectedTtft(RoutingPolicy):
             if cached:
                 cached_tokens, loading = self._found(view, slot, rate)
                 to_compute -= sum(cached_tokens.values())
-            above = (recent - mean_recent) / smoothed
             computing = to_compute / rate + state.step_seconds
-            cost = waiting + computing * weight * (1.0 + spread * (above if above < 1.0 else 1.0))
-            if loading:
-                cost += sum(loading.values())
+            counted = computing * (self._weight + (self._evict_weight if to_compute > state.unused_tokens else 0.0))
+            plain = waiting + counted + (sum(loading.values()) if loading else 0.0)
+            above = (recent - mean_recent) / smoothed
+            cost = plain + counted * self._spread * (above if above < 1.0 else 1.0)
+            plain_costs.append(plain)
             estimates.append((slot, waiting, computing, cost, loading, cached_tokens))
-        return estimates
+        return estimates, plain_costs
 
     def _found(self, view: RoutingView, slot: int, rate: float) -> tuple[Mapping[str, int], Mapping[str, float]]:
         """By tier, the prompt's tokens that replica ``slot`` has there, and the seconds to load them, as far as that is
