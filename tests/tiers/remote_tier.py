@@ -1,11 +1,15 @@
 """What tests of the remote tier share: blocks, tiers on one server, and its return after a failure."""
 
+import re
 from collections.abc import Callable, Mapping
 from threading import Event
+
+import pytest
 
 from emberkv.core.policies.fair_shares import Share
 from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.manager import TierManager
+from emberkv.tiers.remote import server as remote_server
 from emberkv.tiers.remote.server import LONGEST_PAUSE, PREFIX
 from emberkv.tiers.remote.tier import ENTRY_BYTES, RemoteTier
 from emberkv.tiers.stats import TierStats
@@ -34,6 +38,15 @@ def opened(
         server.address, max_bytes, namespace=NAMESPACE, ttl_seconds=ttl_seconds, shares=shares, prefix=prefix,
         clock=clock or Clock(),
     ).connect()  # fmt: skip
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
+    """Tiers that are opened from now on have these limits in place of those of ``blocks.lua``."""
+    script = remote_server.script()
+    for name, value in limits.items():
+        script, replaced = re.subn(rf"(?m)^local {name} = \d+$".encode(), f"local {name} = {value}".encode(), script)
+        assert replaced == 1, name
+    monkeypatch.setattr(remote_server, "script", lambda: script)
 
 
 def comes_back(tier: RemoteTier, clock: Clock) -> None:

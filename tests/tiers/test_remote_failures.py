@@ -13,7 +13,8 @@ from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.remote.server import LONGEST_PAUSE, ServerAddress
 from emberkv.tiers.remote.tier import LOOKUP_SECONDS, RemoteTier
-from tests.tiers.build import NAMESPACE, OTHER
+from tests.tiers.build import NAMESPACE, OTHER, entry_of
+from tests.tiers.build import checkpoint as checkpoint_of
 from tests.tiers.harness import Clock
 from tests.tiers.redis_process import RedisProcess, needs_server
 from tests.tiers.remote_tier import BLOCKS, ENTRIES, IDS, LARGE, comes_back, loaded, opened, refreshed
@@ -142,16 +143,24 @@ def test_an_index_that_the_server_took_a_part_of_is_begun_anew(server: RedisProc
 
 
 def test_a_full_server_stores_nothing_and_serves_and_removes_what_it_has(server: RedisProcess) -> None:
-    tier = opened(server)
-    tier.store(ENTRIES[:2])
+    checkpoint = checkpoint_of(BLOCKS[0], 3)
+    tier, other = opened(server), opened(server)
+    tier.store([*ENTRIES[:2], entry_of(checkpoint)])
+    other.refresh()
     server.client().config_set("maxmemory", 1)
     assert tier.store(ENTRIES[2:3]).count == 0
     stats = tier.stats()
     assert (stats.skipped, stats.errors) == ({"server out of memory": 1}, {"server out of memory": 1})
     assert (tier.load(IDS[:2]), stats.circuit) == (ENTRIES[:2], Circuit.CLOSED)
     tier.touch(IDS[:1])
+    started = opened(server)
+    assert [each.partial_counts(IDS[0]) for each in (started, other)] == [[3], [3]]
     assert tier.remove(IDS[:1]) == RemovalResult(1)
+    for each in (started, other):
+        assert refreshed(each).errors == {}
+        assert (each.partial_counts(IDS[0]), each.was_emptied()) == ([], False)
     assert tier.clear() == RemovalResult(1)
+    assert [(refreshed(each).errors, each.was_emptied()) for each in (started, other)] == [({}, True)] * 2
     server.client().config_set("maxmemory", 0)
     assert tier.store(ENTRIES[2:3]).count == 1
 

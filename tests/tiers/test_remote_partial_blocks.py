@@ -2,19 +2,21 @@
 
 from collections.abc import Iterable
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
 from emberkv.core.hashing import partial_siblings_hash
 from emberkv.core.loading import BlockRun, StoredPartial
 from emberkv.tiers.base import RemovalResult, TierEntry
+from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.manager import OffloadedBlock, TierManager
-from emberkv.tiers.remote.server import PREFIX
+from emberkv.tiers.remote.server import PREFIX, BlockServer
 from emberkv.tiers.remote.tier import ENTRY_BYTES, NOT_REACHED, PARTIAL_BYTES, RemoteTier
 from tests.tiers.build import NAMESPACE, checkpoint, entry_of, fetched
 from tests.tiers.harness import Clock
 from tests.tiers.redis_process import RedisProcess, needs_server
-from tests.tiers.remote_tier import BLOCKS, ENTRIES, IDS, LARGE, SIZE, comes_back, opened, refreshed
+from tests.tiers.remote_tier import BLOCKS, ENTRIES, IDS, LARGE, SIZE, comes_back, limit, opened, refreshed
 from tests.waiting import DEADLINE, eventually
 
 pytestmark = needs_server
@@ -77,20 +79,62 @@ def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess) -> 
     assert counts(reader) == [[3], []]
 
 
-def test_a_process_that_is_too_far_behind_reads_all_anew(server: RedisProcess) -> None:
+def test_a_process_that_is_too_far_behind_reads_all_anew(server: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server remembers the last ones that are gone, and up to which number it does not."""
+    limit(monkeypatch, REMEMBERED_LOSSES=1)
     writer, reader = opened(server), opened(server)
-    writer.store(stored([SHORT, LONG]))
+    writer.store(stored())
+    reader.refresh()
+    writer.remove([hash_of(SHORT), hash_of(LONG)])
+    assert server.client().zcard(PREFIX + b"gone:" + SPACE) == 1
+    reader.refresh()
+    assert counts(reader) == [[], [3]]
+
+
+@pytest.mark.parametrize("is_followed", [False, True], ids=["none since", "one since"])
+def test_a_process_learns_of_ends_that_the_server_has_forgotten_all_of(server: RedisProcess, is_followed: bool) -> None:
+    """They expire together, or the server takes them away."""
+    writer, reader = opened(server), opened(server)
+    writer.store(stored())
     reader.refresh()
     writer.remove([hash_of(SHORT)])
-    client, gone = server.client(), PREFIX + b"gone:" + SPACE
-    ((_, number),) = client.zrange(gone, 0, -1, withscores=True)
-    client.delete(gone)
+    server.client().delete(PREFIX + b"gone:" + SPACE)
+    if is_followed:
+        writer.remove([hash_of(PRIVATE)])
     reader.refresh()
-    assert counts(reader) == [[2, 3], []]
-    client.hset(PREFIX + b"state", mapping={b"forgotten:" + SPACE: int(number) + 10**7, b"changed:" + SPACE: "1"})
-    reader.refresh()
-    assert counts(reader) == [[3], []]
+    assert counts(reader) == [[3], [] if is_followed else [3]]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """The arguments of each call from now on that reads the index, of which there may be 20."""
+    calls: list[tuple[object, ...]] = []
+    call = BlockServer.call
+
+    def watched(self: BlockServer, operation: str, *arguments: object) -> Any:
+        if operation == "partial":
+            calls.append(arguments)
+            assert len(calls) <= 20, "it reads the index without an end"
+        return call(self, operation, *arguments)
+
+    monkeypatch.setattr(BlockServer, "call", watched)
+    return calls
+
+
+def test_all_are_read_where_more_have_ended_since_than_the_server_remembers(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of one reading have numbers below those that are forgotten."""
+    limit(monkeypatch, REMEMBERED_LOSSES=4, REPORTED_AT_ONCE=2)
+    writer = opened(server)
+    live, ended = ([checkpoint(block, count, payload_bytes=1) for count in range(1, 7)] for block in BLOCKS[:2])
+    writer.store([*map(entry_of, live), *map(entry_of, ended)])
+    writer.remove([hash_of(each) for each in ended])
+    calls = watch(monkeypatch)
+    reader = opened(server)
+    assert [sorted(reader.partial_counts(each)) for each in IDS[:2]] == [[1, 2, 3, 4, 5, 6], []]
+    assert len(calls) == 6, "three for those there, two for the ends, and one that finds no more"
+    writer.store([entry_of(SHORT)])
+    assert sorted(writer.partial_counts(IDS[0])) == [1, 2, 3, 4, 5, 6]
 
 
 def test_all_are_read_however_many_there_are(server: RedisProcess) -> None:
@@ -230,3 +274,104 @@ def test_a_damaged_one_is_refused_and_removed(server: RedisProcess) -> None:
     assert manager.flush(DEADLINE)
     assert fetched(manager, [LONG.record], runs, partial=LONG.partial) == [LONG.record]
     assert manager.close(DEADLINE)
+
+
+@pytest.mark.parametrize("damaged", ["place", "owner"])
+def test_a_malformed_entry_of_the_index_is_counted_and_not_found(server: RedisProcess, damaged: str) -> None:
+    writer, client = opened(server), server.client()
+    writer.store(stored([SHORT, LONG]))
+    if damaged == "place":
+        client.hset(PREFIX + b"partial:" + SPACE, hash_of(LONG), b"short")
+    else:
+        client.hset(PREFIX + b"meta:" + SPACE, hash_of(LONG), b"1:10:1:\xff")
+    reader = opened(server)
+    assert (counts(reader), reader.stats().errors) == ([[2], []], {"malformed entry": 1})
+    assert reader.load([hash_of(SHORT), hash_of(LONG)]) == [entry_of(SHORT), None]
+
+
+def restarted(server: RedisProcess) -> None:
+    """From the last dump."""
+    server.kill()
+    server.start()
+
+
+def test_after_a_restart_from_an_earlier_dump_processes_have_what_the_server_has(server: RedisProcess) -> None:
+    """Though it has the same key, and each connects anew unnoticed."""
+    writer, reader = opened(server), opened(server)
+    writer.store(ENTRIES[:1])
+    server.client().save()
+    writer.store([entry_of(LONG)])
+    reader.refresh()
+    restarted(server)
+    for tier in (writer, reader):
+        tier.refresh()
+        assert (tier.stats().errors, counts(tier), tier.query(IDS)) == ({}, [[], []], 1)
+
+
+def test_a_process_that_the_server_did_not_answer_reads_all_anew(server: RedisProcess) -> None:
+    """It may have lost changes since, and have later ones of others."""
+    clock = Clock()
+    reader, writer = opened(server, clock=clock), opened(server)
+    writer.store(ENTRIES[:1])
+    server.client().save()
+    writer.store([entry_of(LONG)])
+    reader.refresh()
+    server.kill()
+    reader.refresh()
+    assert reader.stats().circuit is Circuit.OPEN
+    server.start()
+    opened(server).store([entry_of(SHORT)])
+    comes_back(reader, clock)
+    assert counts(reader) == [[2], []]
+
+
+def test_a_process_that_knows_of_later_numbers_than_the_server_reads_all_anew(server: RedisProcess) -> None:
+    """The server's clock was put back when it began anew with an earlier state."""
+    writer, reader, client = opened(server), opened(server), server.client()
+    writer.store(stored())
+    clock = int(client.hget(PREFIX + b"state", "clock"))
+    client.hset(PREFIX + b"state", "clock", clock + 10**12)
+    reader.refresh()
+    client.hset(PREFIX + b"state", "clock", clock)
+    writer.remove([hash_of(SHORT)])
+    reader.refresh()
+    assert counts(reader) == [[3], [3]]
+
+
+def test_one_that_a_load_does_not_find_is_not_found_any_more(server: RedisProcess) -> None:
+    writer, reader = opened(server), opened(server)
+    writer.store(stored())
+    reader.refresh()
+    writer.remove([hash_of(LONG)])
+    assert there(reader) == [True, False, True]
+    assert counts(reader) == [[2], [3]]
+
+
+def test_one_that_was_stored_while_a_load_did_not_find_it_is_found(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = opened(server)
+    use = BlockServer.use
+
+    def stored_meanwhile(self: BlockServer, ttl_ms: int, block_hashes: list[bytes]) -> object:
+        answer = use(self, ttl_ms, block_hashes)
+        tier.store(stored())
+        return answer
+
+    monkeypatch.setattr(BlockServer, "use", stored_meanwhile)
+    assert there(tier) == [False] * 3
+    assert counts(tier) == [[2, 3], [3]]
+
+
+def test_one_that_an_earlier_version_has_evicted_is_taken_out_of_the_index_by_a_load(server: RedisProcess) -> None:
+    """It knows of a block's record and of its places in `meta` and `lru` alone."""
+    tier, other = opened(server), opened(server)
+    tier.store(stored())
+    client, member = server.client(), SPACE + hash_of(LONG)
+    client.delete(PREFIX + b"b:" + member)
+    client.zrem(PREFIX + b"lru:", member)
+    client.hdel(PREFIX + b"meta:" + SPACE, hash_of(LONG))
+    assert there(tier) == [True, False, True]
+    other.refresh()
+    assert counts(other) == [[2], [3]]
+    assert client.hget(PREFIX + b"partial:" + SPACE, hash_of(LONG)) is None

@@ -15,8 +15,9 @@
 --                   tokens (4 bytes), and what stands for all partial blocks of its parent in a removal (32 bytes)
 --   named:NAMESPACE and a name, set: hashes of the partial blocks that a removal of that name takes along
 --   stored:NAMESPACE, gone:NAMESPACE  sorted sets: hashes of partial blocks by the number of their store, and of those that
---                   are gone, the last ones, by the number of their end; state has for each namespace changed:NAMESPACE, the
---                   last such number, and forgotten:NAMESPACE, up to which gone:NAMESPACE lacks some
+--                   are gone or were before they were stored again, the last ones, by the number of their end; state has for
+--                   each namespace changed:NAMESPACE and ended:NAMESPACE, the last number in either and the last end, and
+--                   forgotten:NAMESPACE, up to which gone:NAMESPACE lacks some
 --
 -- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
 -- FLUSHALL. A store says which removals its process knew of when the block was made; if the block was removed later, or
@@ -87,8 +88,20 @@ local function add_partial(name, hash, place)
     redis.call('SADD', prefix .. 'named:' .. name .. each, hash)
   end
   redis.call('ZADD', prefix .. 'stored:' .. name, text(now), hash)
-  redis.call('ZREM', prefix .. 'gone:' .. name, hash)
   redis.call('HSET', STATE, 'changed:' .. name, text(now))
+end
+
+-- The number of the last change of the namespace's partial blocks.
+local function last_change()
+  return text(tonumber(redis.call('HGET', STATE, 'changed:' .. space) or 0))
+end
+
+-- Up to which number it is not known any more which partial blocks have ended: gone:NAMESPACE expires as a whole, and the
+-- server may take it away.
+local function forgotten(name)
+  local numbers = redis.call('HMGET', STATE, 'forgotten:' .. name, 'ended:' .. name)
+  local kept = redis.call('EXISTS', prefix .. 'gone:' .. name) == 1
+  return math.max(tonumber(numbers[1] or 0), not kept and tonumber(numbers[2] or 0) or 0)
 end
 
 -- Whether it was a partial block, which is not in the index of these any more.
@@ -104,6 +117,9 @@ local function drop_partial(name, hash)
   redis.call('HDEL', prefix .. 'partial:' .. name, hash)
   redis.call('ZREM', prefix .. 'stored:' .. name, hash)
   local gone = prefix .. 'gone:' .. name
+  if redis.call('EXISTS', gone) == 0 then
+    redis.call('HSET', STATE, 'forgotten:' .. name, text(forgotten(name)))
+  end
   redis.call('ZADD', gone, text(now), hash)
   local surplus = redis.call('ZCARD', gone) - REMEMBERED_LOSSES
   if surplus > 0 then
@@ -112,7 +128,7 @@ local function drop_partial(name, hash)
     redis.call('ZREMRANGEBYRANK', gone, 0, surplus - 1)
   end
   redis.call('PEXPIRE', gone, REMEMBERED_LOSSES_MS)
-  redis.call('HSET', STATE, 'changed:' .. name, text(now))
+  redis.call('HSET', STATE, 'changed:' .. name, text(now), 'ended:' .. name, text(now))
   return true
 end
 
@@ -464,10 +480,9 @@ operations.state = function()
   end
   redis.call('HSETNX', STATE, 'key', ARGV[6])
   local key = redis.call('HGET', STATE, 'key')
-  local changed = redis.call('HGET', STATE, 'changed:' .. space) or '0'
   local known, losses = tonumber(ARGV[5]), {}
   if not known or known > now then
-    return { mended, text(now), losses, key, changed }
+    return { mended, text(now), losses, key, last_change() }
   end
   local found = redis.call(
     'ZRANGEBYSCORE', prefix .. 'lost:' .. space, '(' .. text(known), '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
@@ -476,14 +491,17 @@ operations.state = function()
     losses[#losses + 1] = found[at]
     known = tonumber(found[at + 1])
   end
-  return { mended, text(known), losses, key, changed }
+  return { mended, text(known), losses, key, last_change() }
 end
 
--- the number up to which the process knows of partial blocks, 0 for none -> 1 where it has to forget these first, the number
--- up to which this answers, 1 where there may be more, hash, place and owner of each block stored since, hashes of those gone
+-- the number up to which the process knows of partial blocks, 0 for none, and where it reads all of them, the number of the
+-- last change before it began, else 0 -> 1 where it has to forget these first, the number up to which this answers, the
+-- number of the last change, 1 where there may be more, hash, place and owner of each block stored since, hashes of those gone
 operations.partial = function()
   local known, stored, gone, number, more = tonumber(ARGV[4]), {}, {}, now, 0
-  local forget = known < tonumber(redis.call('HGET', STATE, 'forgotten:' .. space) or 0) or known > now
+  -- What it has read since it began was there then, so that it needs to learn only of later ends.
+  local reached = math.max(known, tonumber(ARGV[5]))
+  local forget = reached < forgotten(space) or reached > now
   if forget then
     known = 0
   end
@@ -507,15 +525,22 @@ operations.partial = function()
       described[#described + 1] = entry.owner
     end
   end
-  return { forget and 1 or 0, text(number), more, described, gone }
+  return { forget and 1 or 0, text(number), last_change(), more, described, gone }
 end
 
 local all = redis.call('HGETALL', BYTES)
 for at = 1, #all, 2 do
   owned[all[at]] = tonumber(all[at + 1])
 end
+-- One that changes nothing writes nothing, so that a server beyond maxmemory answers it, and has no number of its own.
+local reads = operation == 'partial'
+if reads then
+  now = last
+end
 local result = operations[operation]()
-redis.call('HSET', STATE, 'clock', text(now), 'total', text(total))
+if not reads then
+  redis.call('HSET', STATE, 'clock', text(now), 'total', text(total))
+end
 local entries, owners = 0, redis.call('HGETALL', BYTES)
 for _, name in ipairs(redis.call('SMEMBERS', SPACES)) do
   entries = entries + redis.call('HLEN', prefix .. 'meta:' .. name)

@@ -83,7 +83,7 @@ class BlockServer:
         self._space = space
         self._errors = errors
         self._prefix = prefix
-        self._script = resources.files(__package__).joinpath("blocks.lua").read_bytes()
+        self._script = script()
         self._digest = sha1(self._script, usedforsecurity=False).hexdigest()
         self.breaker = CircuitBreaker(first_pause=FIRST_PAUSE, longest_pause=LONGEST_PAUSE, clock=clock)
         self.contents = Contents()
@@ -186,6 +186,11 @@ class BlockServer:
         """Only the error's type is logged: a server's message may repeat what it was sent."""
         self._errors.count(kind, type(error).__name__)
         return RemoteTierError(f"the server of the remote tier: {kind}", kind=kind)
+
+
+def script() -> bytes:
+    """``blocks.lua``."""
+    return resources.files(__package__).joinpath("blocks.lua").read_bytes()
 
 
 def _client(address: ServerAddress) -> "redis.Redis":

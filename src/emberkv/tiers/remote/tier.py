@@ -109,7 +109,7 @@ class RemoteTier(Tier):
         self._partial = PartialIndex()
         self._partial_owners: dict[bytes, str] = {}
         self._partial_known = 0  # the number up to which the index follows the server's; 0: it is to be read anew
-        self._partial_changed = b""  # the number of the last change when it was read
+        self._partial_changed = 0  # the number of the last change when it was read
         self._server_key = b""
 
     def connect(self) -> "RemoteTier":
@@ -123,6 +123,8 @@ class RemoteTier(Tier):
                     "password in --remote-tier-password-file or EMBERKV_REMOTE_TIER_PASSWORD"
                 ) from error
             logger.warning("%s tier: %s does not answer; it is used when it does", self.name, self._address)
+        else:
+            self._follow_partial()
         return self
 
     @property
@@ -182,9 +184,11 @@ class RemoteTier(Tier):
         if not block_hashes or not self._server.breaker.is_closed:
             return missing
         try:
+            known = self._partial_known
             described, records = self._server.use(self._ttl_ms, block_hashes)
         except RemoteTierError:
             return missing
+        self._discard_absent(known, [each for each, kind in zip(block_hashes, described, strict=True) if not kind])
         entries = map(self._entry, block_hashes, described, records)
         return [
             None if entry is None or self._is_hidden(entry.block_hash, entry.partial) else entry for entry in entries
@@ -245,13 +249,15 @@ class RemoteTier(Tier):
             return
         try:
             self._remove_left()
-            self._call_state()
+            changed = self._call_state()
         except RemoteTierError:
-            self._partial_known, self._partial_changed = 0, b""
+            self._partial_known = 0  # when it answers again, it may have lost some of its changes
             return
         has_blocks = self._server.contents.own_entries > 0
         self._was_emptied |= self._had_blocks and not has_blocks
         self._had_blocks = has_blocks
+        if changed != self._partial_changed or not self._partial_known:
+            self._follow_partial()
 
     def was_emptied(self) -> bool:
         """All have expired, or the server was flushed or has begun anew."""
@@ -297,8 +303,8 @@ class RemoteTier(Tier):
         kind, described = described[:1], described[2:]
         if kind != b"2":
             return TierEntry(block_hash, described.decode(), record, kind == b"1")
-        place, owner = described[: _PLACE.size], described[_PLACE.size :]
-        return TierEntry(block_hash, owner.decode(), record, partial=_decoded_place(place))
+        known = _decoded(described[: _PLACE.size], described[_PLACE.size :])
+        return None if known is None else TierEntry(block_hash, known[1], record, partial=known[0])
 
     def _batches(self, entries: Sequence[TierEntry]) -> Iterator[list[TierEntry]]:
         batch: list[TierEntry] = []
@@ -348,9 +354,9 @@ class RemoteTier(Tier):
             self._evictions += len(own) + others
         return int(kept)
 
-    def _call_state(self) -> None:
-        """Ask the server which blocks it has lost since the last time, and which server it is; follow its index of
-        partial blocks.
+    def _call_state(self) -> int:
+        """Ask the server which blocks it has lost since the last time, and which server it is. The number of the last
+        change of its index of partial blocks.
         """
         arguments = self._ttl_ms, self._last_loss, self._draw(ID_BYTES)
         is_new_index, self._last_loss, lost, key, changed = self._server.call("state", *arguments)
@@ -360,32 +366,50 @@ class RemoteTier(Tier):
             self._errors.count("index lost")
         if key != self._server_key:  # it was emptied, say, and knows nothing of what it had
             self._partial_known, self._server_key = 0, key
-        if changed != self._partial_changed or not self._partial_known:
-            self._read_partial()
-            self._partial_changed = changed
+        if int(changed) < self._partial_changed:  # it has begun anew with an earlier state
+            self._partial_known = 0
+        return int(changed)
 
     def _follow_partial(self) -> None:
-        """Take in what has just been stored, if the server answers."""
+        """Take in what has changed in the server's index of partial blocks, if the server answers."""
         try:
             self._read_partial()
         except RemoteTierError:
             self._partial_known = 0
 
     def _read_partial(self) -> None:
-        """Take in what has changed in the server's index of partial blocks, or all of it."""
-        more = 1
+        """As `_follow_partial`. Raises RemoteTierError."""
+        began, more = 0, 1  # where all is read, the last change before
         while more:
-            forget, number, more, stored, gone = self._server.call("partial", self._partial_known)
+            known = self._partial_known
+            forget, number, changed, more, stored, gone = self._server.call("partial", known, began)
             with self._lock:
-                if forget or not self._partial_known:
+                if forget or not known:
                     self._partial.clear()
                     self._partial_owners.clear()
+                    began = int(changed)
                 for block_hash in (*gone, *stored[::3]):
                     self._discard_partial(block_hash)
                 for block_hash, place, owner in zip(stored[::3], stored[1::3], stored[2::3], strict=True):
-                    self._partial.add(block_hash, _decoded_place(place))
-                    self._partial_owners[block_hash] = owner.decode()
-            self._partial_known = int(number)
+                    self._add_partial(block_hash, _decoded(place, owner))
+                self._partial_known, self._partial_changed = int(number), int(changed)
+
+    def _add_partial(self, block_hash: bytes, known: tuple[PartialPlace, str] | None) -> None:
+        """The caller holds the lock. known: None where the server's entry is malformed; it is not found."""
+        if known is None:
+            self._errors.count("malformed entry")
+            return
+        self._partial.add(block_hash, known[0])
+        self._partial_owners[block_hash] = known[1]
+
+    def _discard_absent(self, known: int, block_hashes: Sequence[bytes]) -> None:
+        """The server, when the index followed it up to ``known``, had none of these. Unless the index was read since,
+        which may have brought them.
+        """
+        with self._lock:
+            if self._partial_known == known:
+                for block_hash in block_hashes:
+                    self._discard_partial(block_hash)
 
     def _forget_partial(self, names: Sequence[bytes]) -> None:
         with self._lock:
@@ -453,6 +477,10 @@ def _encoded_place(place: PartialPlace | None) -> bytes:
     return _PLACE.pack(place.parent, place.previous, place.count, partial_siblings_hash(place.parent))
 
 
-def _decoded_place(data: bytes) -> PartialPlace:
-    parent, previous, count, _ = _PLACE.unpack(data)
-    return PartialPlace(parent, previous, count)
+def _decoded(place: bytes, owner: bytes) -> tuple[PartialPlace, str] | None:
+    """What the server has of a partial block; None where it is malformed."""
+    try:
+        parent, previous, count, _ = _PLACE.unpack(place)
+        return PartialPlace(parent, previous, count), owner.decode()
+    except (struct.error, UnicodeDecodeError):
+        return None
