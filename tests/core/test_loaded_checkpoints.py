@@ -14,7 +14,7 @@ from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import PUBLIC_OWNER, TokenChain, partial_siblings_hash
 from emberkv.core.loading import Admission, Load, LoadChoice, StoredPartial
 from emberkv.core.pending_loads import PROBE_EVERY
-from emberkv.core.sequence import Sequence
+from emberkv.core.sequence import FinishReason, Sequence
 from tests.core.harness import Harness, chain, root
 from tests.core.lower import FakeTiers
 
@@ -230,6 +230,28 @@ def test_one_that_is_declined_behind_loaded_blocks_is_accounted_for() -> None:
     harness.finish()
     expected = Admission(0, {"disk": 8}, MatchEnd.LIMIT, recompute_cheaper_tokens=5, partial_tokens=1)
     assert sequence.admission == expected
+
+
+def test_one_that_is_declined_after_a_wait_in_vain_for_its_block_is_counted_once() -> None:
+    """The load that was shared was to bring the whole block that begins with the checkpoint's tokens."""
+    tiers, prompt = FakeTiers(), chain(range(26), SIZE)
+    tiers.put(prompt.block_hashes[:3])
+    tiers.put_partial(prompt, 1, 5)
+    harness = engine(tiers)
+    harness.add("a", range(26))
+    sequence = harness.add("b", range(26))
+    load = begin(harness)
+    assert dict(harness.pool.stats.load_choices) == {LoadChoice.LOAD: 1, LoadChoice.SHARED: 1}
+    harness.scheduler.finish("a", FinishReason.ABORT)
+    for block_hash in prompt.block_hashes[1:3]:
+        del tiers.places[block_hash]
+    tiers.block_seconds, tiers.token_seconds = {"disk": 6.0}, 1.0
+    harness.arrive(load)
+    harness.finish()
+    assert harness.pool.stats.load_choices[LoadChoice.RECOMPUTE_CHEAPER] == 1
+    assert sequence.admission == Admission(
+        0, {"disk": 8}, MatchEnd.ABSENT, recompute_cheaper_tokens=5, load_failed_tokens=11, partial_tokens=2
+    )
 
 
 def test_it_is_not_kept_where_a_block_before_it_does_not_arrive() -> None:

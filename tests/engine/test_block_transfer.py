@@ -292,6 +292,25 @@ def test_the_longest_checkpoint_is_exported_whose_tokens_are_the_chain_s(start: 
         first.export_checkpoint(prompt_chain(SHORT), 2)
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_speculative_checkpoint_is_exported_as_one_to_be_kept_once_it_was_used(start: Start, is_used: bool) -> None:
+    """That before the prompt's last token."""
+    first, second = start(within_blocks=False), start(within_blocks=False)
+    first.ask(SHORT)
+    if is_used:
+        assert first.ask(SHORT)[0] == 6
+    assert first.pool.stats.speculative_used == is_used
+    chain = prompt_chain(SHORT)
+    checkpoint = first.export_checkpoint(chain, 1)
+    assert checkpoint is not None
+    record = decode_record(checkpoint, namespace=NAMESPACE)
+    assert (len(record.tokens) // 4, record.keep_when_extended) == (2, is_used)
+    assert second.take(chain, [*first.export(chain), checkpoint]).checkpoints == 1
+    block = second.pool.lookup(record.block_hash)
+    assert block is not None
+    assert block.keep_when_extended == is_used
+
+
 def test_a_public_prefix_s_checkpoint_is_exported_as_the_tenant_s_own(start: Start) -> None:
     first, second = start(within_blocks=False), start(within_blocks=False)
 

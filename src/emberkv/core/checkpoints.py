@@ -200,6 +200,11 @@ class SpeculativeCheckpoints:
         self.of(block.owner).add(block, kind)
         self._stats.speculative_checkpoints += 1
 
+    def is_unused(self, block: Block) -> bool:
+        """Whether a cached block is a speculative checkpoint from which no sequence has gone on."""
+        entry = self._entry(block)
+        return entry is not None and not entry.uses
+
     def used(self, block: Block, tokens: int) -> bool:
         """A sequence has gone on from a cached block, whatever that is, which saves ``tokens``: those that it holds
         behind the next best place to go on from. Whether that is a speculative checkpoint's first use.

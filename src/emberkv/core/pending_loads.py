@@ -255,6 +255,8 @@ class PendingLoads:
             blocks = self._not_loaded(sequence, known, copied=hit - in_blocks)
             checkpoint = self._checkpoint_not_loaded(sequence, hit)
             cheaper, lost = blocks[0] + checkpoint[0], blocks[1] + checkpoint[1]
+            if sequence.load_decision.choice not in (LoadChoice.LOAD, LoadChoice.SHARED):
+                lost = max(0, lost - checkpoint[0])  # decided after the wait: these may be the first that did not come
             in_last = max(0, hit + cheaper + lost - max(hit, last))
         sequence.admission = Admission(
             pool_tokens=hit - sum(tier_tokens.values()),
@@ -292,7 +294,7 @@ class PendingLoads:
             return 0, 0
         cheaper = self._behind(hit, decision.checkpoint_end)
         lost = self._behind(hit, waits[-1].checkpoint_end) if waits else 0
-        return cheaper, max(0, lost - cheaper)
+        return cheaper, lost
 
     def _behind(self, hit: int, checkpoint_end: int) -> int:
         """Of the tokens of a checkpoint, which are of one block, those behind a hit."""

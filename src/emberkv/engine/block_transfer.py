@@ -148,7 +148,8 @@ class BlockTransfer:
         block = self._partial_child(chain, position)
         if block is None:
             return None
-        return record_of(block, self._storage.read_beginning(block.block_id, block.num_tokens))
+        record = record_of(block, self._storage.read_beginning(block.block_id, block.num_tokens))
+        return replace(record, keep_when_extended=False) if self._pool.speculative.is_unused(block) else record
 
     def read_rows(self, chain: Chain, layer: int, start: int) -> CachedRows:
         """Keys and values of the tokens from ``start`` on that the pool has, of as many blocks as `MAX_BYTES` allows.
