@@ -57,13 +57,16 @@ Results = dict[tuple[str, str, str], list[float]]
 
 
 def memory_rate(gib: int = 1, repeats: int = 7) -> float:
-    """Bytes a second at which all cores together read memory that no cache holds: the best of ``repeats``."""
-    values = torch.ones(gib * 2**28)
+    """Bytes a second at which all cores together read memory that no cache holds: the best of ``repeats`` by a sum, and
+    by a matrix times a vector, which reads several rows at once.
+    """
+    values, vector = torch.ones(gib * 2**14, 2**14), torch.ones(2**14)
     times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        values.sum()
-        times.append(time.perf_counter() - began)
+    for read in (values.sum, lambda: values @ vector):
+        for _ in range(repeats):
+            began = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - began)
     return values.nbytes / min(times)
 
 

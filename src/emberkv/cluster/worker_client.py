@@ -229,7 +229,11 @@ class WorkerClient:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
             # one connection a stream; how many streams there may be is limited before they come here
             self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False, auto_decompress=False
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=timeout,
+                trust_env=False,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._http
 
