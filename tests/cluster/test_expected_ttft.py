@@ -1,5 +1,6 @@
 """The policy that expects a time to first token at each replica, and what the router remembers for it."""
 
+import asyncio
 from collections import Counter
 from math import inf
 from random import Random
@@ -8,11 +9,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from emberkv.cluster.foreign.client import ForeignClient
+from emberkv.cluster.foreign.prompts import RoutedPrompt
+from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
 from emberkv.cluster.policies import ExpectedTtft, ReplicaState, RoutingReason, RoutingView
 from emberkv.cluster.routing import DEFAULT_ROUTING, Decision, Router, RoutingRequest, make_router, names
+from emberkv.cluster.wire import LoadReport
+from emberkv.cluster.workers import Worker
 from emberkv.core.events import POOL
 from emberkv.core.hashing import TokenChain
 from emberkv.errors import ConfigError
+from tests.cluster.fake_workers import BLOCK_SIZE, FakeConnection, FakeWorker
+from tests.serving.fakes import ByteTokenizer
 
 BLOCK = 16
 RATE = 1000.0  # tokens a second
@@ -182,3 +190,22 @@ def test_no_replica_is_chosen_that_waits_longer_than_its_prompt_is_worth(
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="spread 2"):
         ExpectedTtft(spread=2)
+
+
+def test_a_worker_reports_what_its_pool_takes_in_without_evicting() -> None:
+    fake = FakeWorker("a")
+    worker = Worker("http://a", FakeConnection(fake))
+    worker.description = asyncio.run(FakeConnection(fake).worker())
+    report = LoadReport(worker_id="a", epoch=b"e", sequence=0, total_blocks=20, free_blocks=10, cached_blocks=4)
+    worker.take_report(report, now=0.0)
+    assert worker.state().unused_tokens == 6 * BLOCK_SIZE
+
+
+def test_a_foreign_worker_has_unused_what_it_is_not_assumed_to_have_cached() -> None:
+    spec = ForeignSpec.parse("http://127.0.0.1:1/v1,id=a,tokens=640")
+    worker = ForeignWorker(spec, ForeignClient(spec.url), None, block_size=BLOCK, usual_step=lambda: 0.0)
+    chain = prompt(0, 10)
+    sent = worker.begin("r", RoutedPrompt(chain, ByteTokenizer(), in_tokens=True), expected=0, now=0.0)
+    assert worker.state().unused_tokens == 640
+    worker.first_token(sent, now=1.0)
+    assert worker.state().unused_tokens == 640 - 10 * BLOCK

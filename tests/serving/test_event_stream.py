@@ -229,3 +229,40 @@ def test_pings_of_responses_are_numbered_events(paused: HttpServer, engine: Fake
 
 def _data(lines: Iterator[str]) -> Iterator[str]:
     return (line for line in lines if line.startswith("data: "))
+
+
+def test_what_comes_together_is_one_message_and_the_last_one_ends_the_stream(client: Client) -> None:
+    bodies: list[Message] = []
+
+    async def noted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                bodies.append(message)
+            await send(message)
+
+        await client.app(scope, receive, note)
+
+    assert Client(noted).post(CHAT, BODIES[CHAT]).status_code == 200
+    assert b'"role":"assistant"' in bodies[0]["body"]
+    assert b'"content":"H' in bodies[0]["body"]
+    assert [message["more_body"] for message in bodies] == [*[True] * (len(bodies) - 1), False]
+    assert b'"finish_reason":"stop"' in bodies[-1]["body"]
+    assert bodies[-1]["body"].endswith(b"data: [DONE]\n\n")
+
+
+def test_a_connection_that_takes_no_more_is_no_failure_of_the_answer(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=2)
+    bodies: list[bytes] = []
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        async def fail(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                bodies.append(message["body"])
+                raise OSError("the connection is closed")
+            await send(message)
+
+        await client.app(scope, receive, fail)
+
+    Client(broken).post(CHAT, BODIES[CHAT])
+    assert len(bodies) == 1
+    assert b"error" not in bodies[0]

@@ -321,7 +321,9 @@ class BlockIndex:
         between: list[BlockHash] = []
         for sample in changes.tolist():
             between += block_hashes[sample * STRIDE + 1 : (sample + 1) * STRIDE]
-        between += [block_hashes[last]] * (len(changes) * (STRIDE - 1) - len(between))  # the last step may be shorter
+        missing = len(changes) * (STRIDE - 1) - len(between)  # the last step may be shorter
+        between += [block_hashes[last]] * missing
+        self.probes -= missing
         found = np.empty((len(samples), len(changes), STRIDE + 1), np.uint64)  # from sample to sample
         found[:, :, 0], found[:, :, STRIDE] = samples[:, changes], samples[:, changes + 1]
         found[:, :, 1:STRIDE] = self._gather(between).reshape(len(samples), len(changes), STRIDE - 1)

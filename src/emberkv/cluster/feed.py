@@ -250,7 +250,7 @@ class RoutedReplicas:
 
     def publish(self, replica: int, pool: BlockPool) -> None:
         """Hand on what has changed in a replica's pool since the last time."""
-        self._states[replica].unused_tokens = (pool.num_free - pool.num_evictable) * pool.block_size
+        self._states[replica].unused_tokens = float((pool.num_free - pool.num_evictable) * pool.block_size)
         reader, log = self._readers[replica], pool.events
         if reader is None or log.last_sequence == reader.sequence:
             return

@@ -49,8 +49,8 @@ class ReplicaState:
     load: tokens of work that the replica has, prompts of running requests included. up: whether it takes requests.
     queued_tokens: prompt tokens that it has yet to compute for requests sent to it before. prefill_rate: prompt tokens
     that it computes in a second, as measured; None before any was. step_seconds: of a step without prefill.
-    load_rates: tokens a second that it loads from each tier below its pool, as measured. unused_tokens: of prompts that
-    its pool can take in without evicting cached blocks.
+    load_rates: tokens a second that it loads from each tier below its pool, as measured. unused_tokens: those that its
+    pool can take in without evicting cached blocks, the queue's among them.
     """
 
     load: float = 0.0
@@ -367,8 +367,9 @@ class ExpectedTtft(RoutingPolicy):
                 cached_tokens, loading = self._found(view, slot, rate)
                 to_compute -= sum(cached_tokens.values())
             computing = to_compute / rate + state.step_seconds
-            counted = computing * (self._weight + (self._evict_weight if to_compute > state.unused_tokens else 0.0))
-            plain = waiting + counted + (sum(loading.values()) if loading else 0.0)
+            taken_in = state.queued_tokens + to_compute + sum([cached_tokens[tier] for tier in loading])
+            counted = computing * (self._weight + (self._evict_weight if taken_in > state.unused_tokens else 0.0))
+            plain = waiting + counted + sum(loading.values())
             above = (recent - mean_recent) / smoothed
             cost = plain + counted * self._spread * (above if above < 1.0 else 1.0)
             plain_costs.append(plain)

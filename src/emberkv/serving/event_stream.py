@@ -121,6 +121,13 @@ class EventStream(Response):
         early = self._account() if self._has_late_headers else {}
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **self._early_headers, **early})
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await self._send_events(send)
+        except _SendError as failed:
+            raise failed.error from None
+
+    async def _send_events(self, send: Send) -> None:
+        """Those that come together in one message, the last of them with the stream's end."""
         has_account = self._has_late_headers
         made: list[bytes] = []
         async with (
@@ -131,17 +138,20 @@ class EventStream(Response):
             async def send_made() -> None:
                 if made:
                     pings.postpone()
-                    data = b"".join(made)
+                    message = _body(b"".join(made))
                     made.clear()
-                    await send(_body(data))
+                    try:
+                        await send(message)
+                    except Exception as error:
+                        raise _SendError(error) from error
 
-            self._answers.before_waiting = send_made  # what comes together is sent at once
+            self._answers.before_waiting = send_made
             async for event in events:
                 if self._answers.has_ended and not has_account:
                     has_account = True
                     made.append(sse_comments(self._account()))
                 made.append(event)
-        await send({"type": "http.response.body", "body": b"".join(made), "more_body": False})
+            await send({"type": "http.response.body", "body": b"".join(made), "more_body": False})
 
     async def _until_admitted(self) -> None:
         """Raises what ended the answers meanwhile."""
@@ -152,6 +162,14 @@ class EventStream(Response):
 
     async def _send_ping(self, send: Send) -> None:
         await send(_body(self._writer.ping(self._answers.progress())))
+
+
+class _SendError(BaseException):
+    """What ``send`` has raised, on its way through a writer, which makes any other failure an event of the stream."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 def _body(data: bytes) -> dict[str, Any]:

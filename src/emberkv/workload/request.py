@@ -127,7 +127,8 @@ class After(NamedTuple):
     think_time: float
 
 
-@dataclass(slots=True, kw_only=True)
+# not frozen, which would make one take several times as long to create; nothing changes one
+@dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class Request:
     """One request. arrival_time: seconds from the workload's start.
 

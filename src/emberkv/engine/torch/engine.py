@@ -328,15 +328,15 @@ class TorchEngine:
         return Findings(self.one_pass, self.batch_invariant, self.decoder is not None)
 
     def check_against_plain_forward(self) -> None:
-        """Nothing where a self-check was passed before, or this has been called. Uses the pool's first blocks.
+        """Nothing where a self-check was passed before, or this has passed. Uses the pool's first blocks.
 
         Raises UnsupportedModelError: see `self_check.check_against_plain_forward`.
         """
-        expected, self._expected = self._expected, None  # of a large vocabulary they take some 30 MB
-        if expected is None:
+        if self._expected is None:
             return
         self._progress("self-check 4 of 4: logits through the KV pool")
-        check_against_plain_forward(self, expected)
+        check_against_plain_forward(self, self._expected)
+        self._expected = None  # of a large vocabulary it takes some 30 MB
 
 
 def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepLogits | None:

@@ -145,7 +145,9 @@ class QuantizedWeight:
         return QuantizedWeight(self.codes[some], self.scales[some], offsets, self.group, self.bits)
 
     def fill(self, other: "QuantizedWeight") -> None:
-        """Take the values of a weight of the same shape and form."""
+        """Take the values of a weight of the same shape and form. Raises ConfigError where one alone has offsets."""
+        if (self.offsets is None) != (other.offsets is None):
+            raise ConfigError("only one of two weights has offsets; both must be of one form")
         self.codes.copy_(other.codes)
         self.scales.copy_(other.scales)
         if self.offsets is not None and other.offsets is not None:
