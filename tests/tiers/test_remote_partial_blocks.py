@@ -47,6 +47,22 @@ def counts(tier: RemoteTier) -> list[list[int]]:
     return [sorted(tier.partial_counts(parent)) for parent in PARENTS]
 
 
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call from now on that reads the index, of which there may be 20, whether it is read anew."""
+    calls: list[bool] = []
+    call = BlockServer.call
+
+    def watched(self: BlockServer, operation: str, *arguments: object) -> Any:
+        answer = call(self, operation, *arguments)
+        if operation == "partial":
+            calls.append(bool(answer[0]))
+            assert len(calls) <= 20, "it reads the index without an end"
+        return answer
+
+    monkeypatch.setattr(BlockServer, "call", watched)
+    return calls
+
+
 def test_what_one_process_stores_another_finds_without_a_look_up(server: RedisProcess) -> None:
     first, second = opened(server), opened(server)
     assert first.store(stored()).count == 4
@@ -66,7 +82,7 @@ def test_what_one_process_stores_another_finds_without_a_look_up(server: RedisPr
     assert found == StoredPartial("remote", hash_of(LONG), 3, None)
 
 
-def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess) -> None:
+def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, reader = opened(server), opened(server)
     writer.store(stored([SHORT]))
     reader.refresh()
@@ -75,8 +91,9 @@ def test_a_process_that_follows_takes_in_changes_alone(server: RedisProcess) -> 
     assert int(server.client().info("commandstats")["cmdstat_zrangebyscore"]["calls"]) - known <= 2, "of losses alone"
     writer.store(stored([LONG]))
     writer.remove([hash_of(SHORT)])
+    calls = watch(monkeypatch)
     reader.refresh()
-    assert counts(reader) == [[3], []]
+    assert (counts(reader), calls) == ([[3], []], [False])
 
 
 def test_a_process_that_is_too_far_behind_reads_all_anew(server: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,21 +120,6 @@ def test_a_process_learns_of_ends_that_the_server_has_forgotten_all_of(server: R
         writer.remove([hash_of(PRIVATE)])
     reader.refresh()
     assert counts(reader) == [[3], [] if is_followed else [3]]
-
-
-def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """The arguments of each call from now on that reads the index, of which there may be 20."""
-    calls: list[tuple[object, ...]] = []
-    call = BlockServer.call
-
-    def watched(self: BlockServer, operation: str, *arguments: object) -> Any:
-        if operation == "partial":
-            calls.append(arguments)
-            assert len(calls) <= 20, "it reads the index without an end"
-        return call(self, operation, *arguments)
-
-    monkeypatch.setattr(BlockServer, "call", watched)
-    return calls
 
 
 def test_all_are_read_where_more_have_ended_since_than_the_server_remembers(
@@ -372,6 +374,59 @@ def test_one_that_an_earlier_version_has_evicted_is_taken_out_of_the_index_by_a_
     client.zrem(PREFIX + b"lru:", member)
     client.hdel(PREFIX + b"meta:" + SPACE, hash_of(LONG))
     assert there(tier) == [True, False, True]
+    assert client.hget(PREFIX + b"partial:" + SPACE, hash_of(LONG)) is None
     other.refresh()
     assert counts(other) == [[2], [3]]
-    assert client.hget(PREFIX + b"partial:" + SPACE, hash_of(LONG)) is None
+
+
+OTHERS = [sha256(bytes([number])).digest() for number in range(3)]
+
+
+def test_removals_that_the_server_forgets_cost_no_partial_block(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(monkeypatch, REMEMBERED=1)
+    tier = opened(server)
+    tier.store(stored())
+    tier.remove(OTHERS)
+    assert int(server.client().hget(PREFIX + b"state", "floor")) > tier.removals_seen - 10**6
+    assert there(tier) == [True] * 3
+
+
+def test_when_a_removal_by_an_earlier_version_is_forgotten_what_it_named_goes_for_good(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not what was stored after it."""
+    limit(monkeypatch, REMEMBERED=1)
+    tier = opened(server)
+    tier.store(stored([SHORT, PRIVATE]))
+    server.client().zadd(PREFIX + b"removed", {SPACE + IDS[0]: tier.removals_seen})
+    tier.store([entry_of(LONG)])
+    tier.remove(OTHERS)
+    assert server.client().zscore(PREFIX + b"removed", SPACE + IDS[0]) is None
+    assert (there(tier), counts(tier)) == ([False, True, False], [[3], []])
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_where_an_earlier_version_has_forgotten_removals_none_that_is_older_is_served(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch, is_behind: bool
+) -> None:
+    limit(monkeypatch, REMEMBERED=1)
+    tier = opened(server)
+    tier.store(stored())
+    server.client().hset(PREFIX + b"state", "floor", tier.removals_seen + 1)
+    if is_behind:  # this version has let the server forget others since
+        tier.remove(OTHERS)
+    assert there(tier) == [False] * 3
+    assert (tier.store(stored()).count, there(tier)) == (4, [True] * 3)
+
+
+def test_what_an_earlier_version_has_evicted_is_swept_from_the_index(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(stored([SHORT]))
+    client, member = server.client(), SPACE + hash_of(SHORT)
+    client.delete(PREFIX + b"b:" + member)
+    client.zrem(PREFIX + b"lru:", member)
+    client.hdel(PREFIX + b"meta:" + SPACE, hash_of(SHORT))
+    eventually(lambda: not refreshed(tier).errors and counts(tier) == [[], []])
+    assert client.keys(b"*named:*") + client.keys(b"*stored:*") + client.keys(b"*partial:*") == []

@@ -5,9 +5,10 @@
 --   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
 --   lru:OWNER       sorted set: MEMBER by the number of its last use
 --   bytes           hash: owner -> bytes
---   state           hash: clock, total, floor, swept, passed:OWNER, cleared:NAMESPACE, key: drawn once; it distinguishes this server
---                   from others
---   removed         sorted set: MEMBER by the number of its removal
+--   state           hash: clock, total, floor, swept, passed:OWNER, scanned:NAMESPACE, cleared:NAMESPACE, key: drawn once; it
+--                   distinguishes this server from others
+--   removed         sorted set: MEMBER by the number of its removal; state has floor, up to which this lacks some, settled, the
+--                   same where partial blocks have gone with all that it lacks, and else left, up to which some may not have
 --   lost:NAMESPACE  sorted set: hashes of blocks that are gone though no process of the namespace asked for it, by the
 --                   number of their loss; the last ones
 --   spaces          set: every namespace
@@ -271,6 +272,18 @@ local function expire(ttl)
   end
 end
 
+-- Of the index of partial blocks, a part at each call: those go that a process of an earlier version has evicted.
+local function sweep_partial()
+  local key, at_cursor = prefix .. 'partial:' .. space, 'scanned:' .. space
+  local scan = redis.call('HSCAN', key, redis.call('HGET', STATE, at_cursor) or 0, 'COUNT', SCANNED)
+  redis.call('HSET', STATE, at_cursor, scan[1])
+  for at = 1, #scan[2], 2 do
+    if not meta(space .. scan[2][at]) then
+      drop_partial(space, scan[2][at])
+    end
+  end
+end
+
 -- The index of partial blocks goes, which all processes notice.
 local function mend_partial(name)
   for _, place in ipairs(redis.call('HVALS', prefix .. 'partial:' .. name)) do
@@ -319,8 +332,31 @@ local function were_removed(names, seen)
   return false
 end
 
+-- Up to which number a process of an earlier version has let the server forget removals, whose partial blocks it has left.
+local function left_until()
+  local numbers = redis.call('HMGET', STATE, 'floor', 'settled', 'left')
+  return math.max(numbers[1] ~= numbers[2] and tonumber(numbers[1]) or 0, tonumber(numbers[3] or 0))
+end
+
+-- The oldest removals are not remembered any more: partial blocks that a process of an earlier version has left go now.
+local function forget_removals(count)
+  local forgotten_names = redis.call('ZRANGE', REMOVED, 0, count - 1, 'WITHSCORES')
+  for at = 1, #forgotten_names, 2 do
+    local space_name, name = space_of(forgotten_names[at])
+    for _, hash in ipairs(redis.call('SMEMBERS', prefix .. 'named:' .. space_name .. name)) do
+      local entry = meta(space_name .. hash)
+      if entry and entry.number < tonumber(forgotten_names[at + 1]) then
+        drop(space_name .. hash, entry)
+      end
+    end
+  end
+  local floor = text(tonumber(forgotten_names[2 * count]))
+  redis.call('HSET', STATE, 'left', text(left_until()), 'floor', floor, 'settled', floor)
+  redis.call('ZREMRANGEBYRANK', REMOVED, 0, count - 1)
+end
+
 -- Where a block lies that is there; '' for a full one, and nil for a partial one that a removal would not find, or that
--- a process of an earlier version has left when it removed the block before it.
+-- a process of an earlier version has left, or may have, when it removed the block before it.
 local function place_of(hash, entry)
   local place = redis.call('HGET', prefix .. 'partial:' .. space, hash)
   if not place then
@@ -331,7 +367,10 @@ local function place_of(hash, entry)
       return nil
     end
   end
-  return not were_removed(names_of(place), entry.number) and place or nil
+  if entry.number < left_until() or were_removed(names_of(place), entry.number) then
+    return nil
+  end
+  return place
 end
 
 local operations = {}
@@ -440,9 +479,7 @@ operations.remove = function()
   end
   local surplus = redis.call('ZCARD', REMOVED) - REMEMBERED
   if surplus > 0 then
-    local newest = redis.call('ZRANGE', REMOVED, surplus - 1, surplus - 1, 'WITHSCORES')
-    redis.call('HSET', STATE, 'floor', text(tonumber(newest[2])))
-    redis.call('ZREMRANGEBYRANK', REMOVED, 0, surplus - 1)
+    forget_removals(surplus)
   end
   return count
 end
@@ -476,6 +513,7 @@ operations.state = function()
   if now - tonumber(redis.call('HGET', STATE, 'swept') or 0) >= SWEEP_MICROSECONDS then
     redis.call('HSET', STATE, 'swept', text(now))
     expire(tonumber(ARGV[4]))
+    sweep_partial()
     mended = mend()
   end
   redis.call('HSETNX', STATE, 'key', ARGV[6])

@@ -230,7 +230,9 @@ class RemoteTier(Tier):
         return RemovalResult(count)
 
     def clear(self) -> RemovalResult:
-        """As `remove`, of all blocks of this model, those that other processes have stored included."""
+        """As `remove`, of all blocks of this model, those that other processes have stored included. Where the server
+        does not answer, ``kept`` is how many it had when it last did.
+        """
         with self._lock:
             self._uncleared = True
         before = self._server.contents.own_entries
