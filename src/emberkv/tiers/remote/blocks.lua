@@ -540,12 +540,13 @@ operations.partial = function()
   -- What it has read since it began was there then, so that it needs to learn only of later ends.
   local reached = math.max(known, tonumber(ARGV[5]))
   local forget = reached < forgotten(space) or reached > now
-  if forget then
-    known = 0
+  if forget or known == 0 then
+    known, reached = 0, now
   end
   for key, hashes in pairs({ stored = stored, gone = gone }) do
+    local from = '(' .. text(hashes == stored and known or reached)
     local found = redis.call(
-      'ZRANGEBYSCORE', prefix .. key .. ':' .. space, '(' .. text(known), '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
+      'ZRANGEBYSCORE', prefix .. key .. ':' .. space, from, '+inf', 'WITHSCORES', 'LIMIT', 0, REPORTED_AT_ONCE
     )
     for at = 1, #found, 2 do
       hashes[#hashes + 1] = found[at]
