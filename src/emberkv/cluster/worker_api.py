@@ -81,7 +81,7 @@ class WorkerRoutes:
         self._tokenizer: tuple[ServedModel, wire.TokenizerFiles] | None = None
 
     def router(self) -> APIRouter:
-        router = APIRouter()
+        router = APIRouter(prefix=wire.PREFIX)
         for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.stored, self.load):
             self._add(router, "GET", answer)
         for answer in (self.generate, self.command, self.explain, self.operate, self.wake):
@@ -97,10 +97,7 @@ class WorkerRoutes:
                 return refused(error)
 
         name = getattr(answer, "__name__", "")
-        # not FastAPI's own kind of route, whose parameters and validation each request would pay for and none has
-        router.add_route(
-            f"{wire.PREFIX}/{name}", endpoint, methods=[method], include_in_schema=False, name=f"internal {name}"
-        )
+        router.add_api_route(f"/{name}", endpoint, methods=[method], include_in_schema=False, name=f"internal {name}")
 
     def _check(self, http: Request) -> None:
         """Raises UnauthorizedError without the cluster's secret, WireError for another version of the wire form."""
