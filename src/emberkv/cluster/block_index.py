@@ -44,9 +44,6 @@ STRIDE = 16
 
 WORDS_OF_A_HASH = 4
 
-_NOTHING: Mapping[str, int] = {}
-"""Of a replica without the first block: all such share it."""
-
 SWEPT_AT_ADD = 64
 """Rows in which forgotten columns are cleared for each added block: a whole table, long before it grows."""
 MAX_FORGOTTEN = 64
@@ -245,15 +242,14 @@ class BlockIndex:
         tiers = self._tiers if forgotten.tier is None else (forgotten.tier,)
         return [self._words[tier, group] for tier in tiers if (tier, group) in self._words]
 
-    def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[Mapping[str, int]]:
+    def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
         """For each of the first ``replicas`` slots, the number of leading blocks that the replica has, by tier.
 
         A block counts for the fastest tier that holds it. Counting stops at the first block that no tier holds.
         """
-        known = self._columns
-        columns = [known[replica] if replica in known else self._column(replica) for replica in range(replicas)]
+        columns = [self._column(replica) for replica in range(replicas)]
         counts = _leading_blocks(self._tiers, columns, self._runs(block_hashes))
-        return [counts.get(column, _NOTHING) for column in columns]
+        return [counts.get(column, {}) for column in columns]
 
     def _runs(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
         """Runs of consecutive blocks with the same holders: each run's length, and for each tier the replicas that have

@@ -11,7 +11,15 @@ from emberkv.engine.commands import ExportBlocks, ExportCheckpoint, ImportBlocks
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from tests.engine.conftest import ModelFactory
 from tests.engine.torch.test_exactness import text
-from tests.engine.torch.test_restart import HYBRID, RecordingSampler, answered, ask, engine, usage
+from tests.engine.torch.test_restart import (
+    HYBRID,
+    RecordingSampler,
+    answered,
+    ask,
+    engine,
+    has_bits_of_a_cold_run,
+    usage,
+)
 from tests.waiting import DEADLINE
 
 PROMPT = text(random.Random(1), 200)
@@ -55,18 +63,13 @@ def test_a_hybrid_goes_on_from_an_imported_checkpoint_with_the_bits_of_a_cold_ru
         checkpoint = first.loop.execute(ExportCheckpoint(chain, 2)).result(DEADLINE)
         records = [each for each in (*found, checkpoint) if each is not None]
         assert first.loop.stats().checkpoints.get("exported", 0) == (hit > 256)
-    cold, warm = RecordingSampler(), RecordingSampler()
+    warm = RecordingSampler()
     with engine(paged, None, "lfm2", sampler=warm, **HYBRID) as second:
         taken = second.loop.execute(ImportBlocks(chain, records)).result(DEADLINE)
         assert (taken.imported, taken.checkpoints, taken.refused) == (2, hit > 256, {})
         answer = ask(second, prompt)
         assert usage(answer).cached_tokens == hit
-    with engine(paged, None, "lfm2", sampler=cold, **HYBRID) as plain:
-        expected = ask(plain, prompt)
-        assert usage(expected).cached_tokens == 0
-    assert answer.tokens == expected.tokens
-    assert len(cold.logits) == len(warm.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(warm.logits, cold.logits, strict=True))
+    has_bits_of_a_cold_run(paged, "lfm2", prompt, answer, warm, **HYBRID)
 
 
 def test_readers_of_an_engine_over_a_folder_with_blocks_begin_with_a_snapshot(

@@ -76,6 +76,19 @@ def usage(inbox: Inbox) -> CacheUsage:
     return found
 
 
+def has_bits_of_a_cold_run(
+    paged: ModelFactory, arch: str, prompt: list[int], warm: Inbox, sampler: RecordingSampler, **options: int
+) -> None:
+    """An engine without tiers gives the same tokens, by the logits that ``sampler`` was given. options: of `engine`."""
+    reference = RecordingSampler()
+    with engine(paged, None, arch, sampler=reference, **options) as plain:
+        cold = ask(plain, prompt)
+        assert usage(cold).cached_tokens == 0
+    assert warm.tokens == cold.tokens
+    assert len(sampler.logits) == len(reference.logits) == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+
+
 def seems_slow(made: AssembledEngine) -> None:
     """Loading is chosen, and has all the time it needs, however busy the machine is."""
     assert made.link is not None
@@ -91,16 +104,13 @@ def test_a_restart_on_the_same_folder_hits_with_the_bits_of_a_cold_run(
     with engine(paged, tmp_path, arch) as first:
         cold = ask(first, prompt)
         assert usage(cold).cached_tokens == 0
-    sampler, reference = RecordingSampler(), RecordingSampler()
+    sampler = RecordingSampler()
     with engine(paged, tmp_path, arch, sampler=sampler) as second:
         warm = ask(second, prompt)
         hit = 329 // second.executor.alignment * second.executor.alignment
         assert usage(warm) == CacheUsage(330, hit, 320 - hit, {"disk": hit})
-    with engine(paged, None, arch, sampler=reference) as plain:
-        assert usage(ask(plain, prompt)).cached_tokens == 0
     assert warm.tokens == cold.tokens
-    assert len(sampler.logits) == len(reference.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    has_bits_of_a_cold_run(paged, arch, prompt, warm, sampler)
     stats = second.loop.stats()
     assert (stats.loaded_blocks, dict(stats.tier_hit_tokens), dict(stats.transfer_errors)) == (
         hit // 16,
@@ -131,17 +141,12 @@ def test_after_a_restart_a_hybrid_goes_on_from_its_checkpoint_with_the_bits_of_a
     paged: ModelFactory, tmp_path: Path, arch: str
 ) -> None:
     prompt, hit = answered(paged, tmp_path, arch)
-    sampler, reference = RecordingSampler(), RecordingSampler()
+    sampler = RecordingSampler()
     with engine(paged, tmp_path, arch, sampler=sampler, **HYBRID) as second:
         seems_slow(second)
         warm = ask(second, prompt)
         assert (usage(warm).cached_tokens, usage(warm).tokens_by_tier) == (hit, {"disk": hit})
-    with engine(paged, None, arch, sampler=reference, **HYBRID) as plain:
-        cold = ask(plain, prompt)
-        assert usage(cold).cached_tokens == 0
-    assert warm.tokens == cold.tokens
-    assert len(sampler.logits) == len(reference.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    has_bits_of_a_cold_run(paged, arch, prompt, warm, sampler, **HYBRID)
     stats = second.loop.stats()
     assert (stats.loaded_blocks, stats.checkpoints.get("loaded", 0)) == (2, hit > 256)
     assert (dict(stats.tier_hit_tokens), dict(stats.transfer_errors)) == ({"disk": hit}, {})
@@ -159,17 +164,12 @@ def test_after_a_restart_a_tenant_goes_on_from_a_public_checkpoint_with_the_bits
             ask(first, [*tokens, 5], 1, tenant=tenant).wait()
         hit = 200 if first.scheduler.cache.keeps_branches else 128
     prompt = [*common, *text(rng, 20)]
-    sampler, reference = RecordingSampler(), RecordingSampler()
+    sampler = RecordingSampler()
     with engine(paged, tmp_path, "lfm2", sampler=sampler, public_prefixes=declared, **HYBRID) as second:
         seems_slow(second)
         warm = ask(second, prompt, tenant="carl")
         assert usage(warm).tokens_by_tier == {"disk": hit}
-    with engine(paged, None, "lfm2", sampler=reference, **HYBRID) as plain:
-        cold = ask(plain, prompt)
-        assert usage(cold).cached_tokens == 0
-    assert warm.tokens == cold.tokens
-    assert len(sampler.logits) == len(reference.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    has_bits_of_a_cold_run(paged, "lfm2", prompt, warm, sampler, **HYBRID)
     assert second.loop.stats().checkpoints.get("loaded", 0) == (hit > 128)
 
 
@@ -194,7 +194,7 @@ def test_two_engines_on_a_shared_tier_are_warm_for_one_another_to_the_last_bit(
     """A look-up or a load may be given up on a busy machine, so the engines are asked until it happens."""
     server = request.getfixturevalue("redis_server").address if kind == "remote" else None
     tiers = TierConfig((TierSpec(kind, 2**26, tmp_path, server),))
-    sampler, reference = RecordingSampler(), RecordingSampler()
+    sampler = RecordingSampler()
     with engine(paged, None, tiers=tiers) as first, engine(paged, None, tiers=tiers, sampler=sampler) as second:
         assert first.tiers is not None
         seems_slow(second)
@@ -212,10 +212,7 @@ def test_two_engines_on_a_shared_tier_are_warm_for_one_another_to_the_last_bit(
                 break
         assert usage(warm) == CacheUsage(330, 320, 0, {kind: 320})
         assert second.loop.stats().tiers[kind].corrupt == {}
-    with engine(paged, None, sampler=reference) as plain:
-        assert usage(ask(plain, prompt)).cached_tokens == 0
-    assert len(sampler.logits) == len(reference.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    has_bits_of_a_cold_run(paged, "llama", prompt, warm, sampler)
 
 
 def test_a_hybrid_goes_on_from_a_checkpoint_in_redis_with_the_bits_of_a_cold_run(
@@ -223,7 +220,7 @@ def test_a_hybrid_goes_on_from_a_checkpoint_in_redis_with_the_bits_of_a_cold_run
 ) -> None:
     """A look-up may be given up on a busy machine, so the engines are asked until it happens."""
     tiers = TierConfig((TierSpec("remote", 2**26, None, request.getfixturevalue("redis_server").address),))
-    sampler, reference = RecordingSampler(), RecordingSampler()
+    sampler = RecordingSampler()
     rng = random.Random(4)
     with (
         engine(paged, None, "lfm2", tiers=tiers, **HYBRID) as first,
@@ -248,12 +245,7 @@ def test_a_hybrid_goes_on_from_a_checkpoint_in_redis_with_the_bits_of_a_cold_run
             if usage(warm).tokens_by_tier == {"remote": hit}:
                 break
         assert usage(warm).tokens_by_tier == {"remote": hit}
-    with engine(paged, None, "lfm2", sampler=reference, **HYBRID) as plain:
-        cold = ask(plain, prompt)
-        assert usage(cold).cached_tokens == 0
-    assert warm.tokens == cold.tokens
-    assert len(sampler.logits) == len(reference.logits) == 8
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
+    has_bits_of_a_cold_run(paged, "lfm2", prompt, warm, sampler, **HYBRID)
 
 
 def test_ram_is_a_second_chance_behind_a_small_pool(paged: ModelFactory) -> None:
