@@ -6,7 +6,15 @@ import pytest
 
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.request_context import RecentRequests, RecentSessions, RequestContext, session_id
+from emberkv.serving.request_context import (
+    ID_BYTES,
+    IDS_AT_ONCE,
+    RecentRequests,
+    RecentSessions,
+    RequestContext,
+    random_id,
+    session_id,
+)
 from emberkv.serving.tenancy import Tenant
 
 
@@ -72,3 +80,9 @@ def test_a_long_id_of_an_agent_is_shortened_and_stays_distinct() -> None:
     assert (len(one), one != other) == (32, True)
     with pytest.raises(RequestError, match="x-session-id has 129 characters"):
         session_id({"x-session-id": "x" * 129})
+
+
+def test_ids_differ_and_have_128_bits_beyond_those_drawn_at_once() -> None:
+    ids = {random_id() for _ in range(2 * IDS_AT_ONCE + 1)}
+    assert len(ids) == 2 * IDS_AT_ONCE + 1
+    assert all(len(bytes.fromhex(each)) == ID_BYTES for each in ids)
