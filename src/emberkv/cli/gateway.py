@@ -24,12 +24,12 @@ from emberkv.cli.serve import (
     settings_given,
     warn_of_keys_in_arguments,
 )
-from emberkv.cli.startup import set_up_logging
+from emberkv.cli.startup import gc_frozen, set_up_logging
 from emberkv.cluster.cluster_engine import MAX_REQUESTS
 from emberkv.cluster.decision_log import DecisionLog, recorder_until_full
 from emberkv.cluster.foreign.prompts import PromptReader, model_tokenizer
 from emberkv.cluster.foreign.worker import ForeignSpec
-from emberkv.cluster.gateway import Gateway, GatewayServer
+from emberkv.cluster.gateway import Gateway, GatewayServer, tokenizer_of
 from emberkv.cluster.loop_clock import LoopClock
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
@@ -44,7 +44,9 @@ from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.settings import read_settings
 
 if TYPE_CHECKING:  # an extra
+    from emberkv.cluster.wire import TokenizerFiles
     from emberkv.cluster.worker_client import Deadlines
+    from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -279,7 +281,8 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         settings = replace(settings, max_requests=None, gateways=options.gateway_count)
         if options.coordinator_port is not None:
             bound.append(bind_socket(config.host, options.coordinator_port))
-        app = _app(lifecycle, settings, gateway, options, bound)
+        with gc_frozen():
+            app = _app(lifecycle, settings, gateway, options, bound)
         server = GatewayServer(app, gateway, bound[0], **connection_settings(config))
         _log.info("the gateway is listening  %s", server.url)
         with server.capture_signals(until_exit=True):
@@ -324,7 +327,13 @@ def _gateway(
         record=record,
         missed_removals=options.missed_removals,
         clock=clock,
+        load_tokenizer=_frozen_tokenizer,
     )
+
+
+def _frozen_tokenizer(files: "TokenizerFiles") -> "HFTokenizer":
+    with gc_frozen():
+        return tokenizer_of(files)
 
 
 def _app(

@@ -55,7 +55,8 @@ class Gateway:
     secret: what workers register with; None: none may. routing: a policy's name. max_requests, weights: bound what is
     in flight, forwarded requests included (`ConcurrencyLimit`). on_overflow: of the `ServedModel`. parsers: names of
     formats, as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. clock:
-    by which workers are silent; `start` has it follow the event loop. on_stop: what else is closed at the end.
+    by which workers are silent; `start` has it follow the event loop. load_tokenizer: as `tokenizer_of`, in a thread.
+    on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -78,8 +79,10 @@ class Gateway:
         record: Recorder | None = None,
         missed_removals: Path | None = None,
         clock: LoopClock | None = None,
+        load_tokenizer: "Callable[[wire.TokenizerFiles], HFTokenizer] | None" = None,
     ) -> None:
         self.lifecycle = lifecycle
+        self._load_tokenizer = load_tokenizer or tokenizer_of
         self._clock = clock or LoopClock()
         router = make_router(routing, rng or random.Random())
         router.record = record
@@ -242,7 +245,7 @@ class Gateway:
         """The first worker has said what it serves, which the gateway serves from now on."""
         files = await worker.connection.tokenizer()
         assert files is not None, "without an etag the files are always sent"
-        tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        tokenizer = await asyncio.to_thread(self._load_tokenizer, files)
         self.engine = ClusterEngine(self.membership, description, in_flight=self.in_flight, clock=self._clock)
         output_format = chosen_output_format(tokenizer, *self._parsers)
         self.lifecycle.loaded(
@@ -281,7 +284,7 @@ class Gateway:
         return {} if route is None or route.decision is None else {ROUTE_HEADER: route_header(route)}
 
 
-def load_tokenizer(files: wire.TokenizerFiles) -> "HFTokenizer":
+def tokenizer_of(files: wire.TokenizerFiles) -> "HFTokenizer":
     """The tokenizer that a worker has. It imports transformers, in about 1.2 s and 40 MB, and no torch."""
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes a second
 
