@@ -80,7 +80,7 @@ async def served(
         assert gateway.fleet is not None
         gateway.fleet.seconds = 0.01
         app = app or ServingSettings(bound_to_loopback=True)
-        built = create_app(gateway.lifecycle, app, routers=[gateway.routes], collectors=[gateway.metrics])
+        built = create_app(gateway.lifecycle, app, routers=[gateway.routes])
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             async def sent(message: Message) -> None:

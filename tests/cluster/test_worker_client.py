@@ -4,7 +4,6 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from aiohttp import web
 
 from emberkv.cluster import wire
 from emberkv.cluster.worker_client import Deadlines, WorkerClient
@@ -12,42 +11,41 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import EmberError, WireError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import TooManyRequestsError
-from tests.waiting import DEADLINE
+from tests.waiting import on_a_loop
 
 
-def test_answers_that_were_read_to_their_end_share_a_connection() -> None:
-    connections, is_read = set(), asyncio.Event()
+@on_a_loop
+async def test_requests_share_a_connection_and_come_over_another_one_once_it_has_ended() -> None:
+    connections = 0
+    outputs = [(number, TokenOutput("", (7,), finish_reason=FinishReason.LENGTH)) for number in (0, 1)]
 
-    async def generate(http: web.Request) -> web.StreamResponse:
-        connections.add(http.transport)
-        response = web.StreamResponse()
-        await response.prepare(http)
-        last = TokenOutput("x", (7,), finish_reason=FinishReason.LENGTH)
-        await response.write(wire.frame(wire.encode_output(last)))
-        await is_read.wait()
-        is_read.clear()
-        return response
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the first two requests, and closes the connection with two more."""
+        nonlocal connections
+        connections += 1
+        received = b""
+        while received.count(b"submit") < 2:
+            received += await reader.read(1000)
+        writer.write(HEAD + chunk(wire.frame(wire.encode_outputs(outputs))))
+        while received.count(b"submit") < 4:
+            received += await reader.read(1000)
+        writer.close()
 
-    async def run() -> None:
-        app = web.Application()
-        app.router.add_post(f"{wire.PREFIX}/generate", generate)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        async with WorkerClient(f"http://127.0.0.1:{runner.addresses[0][1]}", "secret") as client:
-            for _ in range(3):
-                request = GenerationRequest("x", [1, 2], SamplingParams(max_tokens=1))
-                async for output in client.generate(request):
-                    assert output.token_ids == (7,)
-                    is_read.set()
-        await runner.cleanup()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
 
-    asyncio.run(asyncio.wait_for(run(), DEADLINE))
-    assert len(connections) == 1
+    async def ask() -> list[int]:
+        return [token async for output in client.generate(REQUEST) for token in output.token_ids]
+
+    async with server, WorkerClient(f"http://127.0.0.1:{port}", "secret") as client:
+        for _ in range(2):
+            assert await asyncio.gather(ask(), ask()) == [[7], [7]]
+            lost = await asyncio.gather(ask(), ask(), return_exceptions=True)
+            assert [type(each) for each in lost] == [WorkerLostError, WorkerLostError]
+    assert connections == 2
 
 
-TOKEN = wire.frame(wire.encode_output(TokenOutput("a", token_ids=(7,))))
+TOKEN = wire.frame(wire.encode_outputs([(0, TokenOutput("a", token_ids=(7,)))]))
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 REQUEST = GenerationRequest("a", [1, 2], SamplingParams())
 

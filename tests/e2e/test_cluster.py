@@ -454,8 +454,7 @@ def test_a_model_on_demand_is_loaded_by_a_request_to_the_gateway_and_what_it_is_
     assert httpx.delete(f"{worker.url}/inference/model", timeout=DEADLINE).json()["status"] == "unloaded"
     cluster.until("a", "idle")
     assert ask().json()["choices"] == answers[0].json()["choices"]
-    route = {"route": "/internal/v1/generate", "status": "200"}
-    eventually(lambda: worker.total("emberkv_http_requests_total", **route) == 3)
+    eventually(lambda: worker.total("emberkv_channel_requests_total", outcome="finished") == 3)
     eventually(lambda: len([line for line in trace.read_text().splitlines() if "prompt_tokens" in line]) == 3)
 
 

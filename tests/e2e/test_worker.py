@@ -29,7 +29,7 @@ from emberkv.engine.commands import (
     Unretain,
 )
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
-from emberkv.errors import PromptTooLongError, RequestError, WireError, WorkerUnreachableError
+from emberkv.errors import PromptTooLongError, RequestError, WorkerUnreachableError
 from emberkv.serving.errors import UnauthorizedError
 from tests.e2e.process import Server, serving
 from tests.waiting import DEADLINE
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_request_is_the_error_that_it_was(worker: Server) -
 
 def test_without_the_secret_nothing_is_told(worker: Server) -> None:
     routes = [("GET", each) for each in ("worker", "tokenizer", "events", "snapshot", "stored", "load")]
-    for method, route in [*routes, *(("POST", each) for each in ("generate", "command", "explain", "operate"))]:
+    for method, route in [*routes, *(("POST", each) for each in ("channel", "command", "explain", "operate"))]:
         for headers in ({}, {"authorization": "Bearer another"}, {"authorization": "Basic " + SECRET}):
             response = httpx.request(method, f"{worker.url}{wire.PREFIX}/{route}", headers=headers, timeout=DEADLINE)
             assert response.status_code == 401, route
@@ -152,7 +152,7 @@ def test_another_version_and_what_is_no_worker_are_named(worker: Server) -> None
 
 def test_a_body_that_is_no_request_is_refused(worker: Server) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
-    for route in ("generate", "command", "explain", "operate"):
+    for route in ("command", "explain", "operate"):
         response = httpx.post(f"{worker.url}{wire.PREFIX}/{route}", headers=headers, content=b"\xc1", timeout=DEADLINE)
         assert response.status_code == 400
         assert wire.decode(response.content, wire.Failure).kind == "WireError"
@@ -241,11 +241,6 @@ def test_bad_numbers_are_named(worker: Server) -> None:
         response = httpx.get(f"{worker.url}{wire.PREFIX}/events?{query}", headers=headers, timeout=DEADLINE)
         assert response.status_code == 400
         assert "after is" in wire.decode(response.content, wire.Failure).message
-
-
-def test_bytes_that_are_no_frame_are_the_clients_error() -> None:
-    with pytest.raises(WireError):
-        wire.decode_output(b"\xc1", "a")
 
 
 def test_commands_are_carried_out_and_answered_as_in_one_process(worker: Server) -> None:

@@ -3,14 +3,14 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 from starlette.types import ASGIApp
 
-from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.app import RouterFactory, ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import ConnectionLimits, HttpServer, bind_socket
 from tests.waiting import DEADLINE, eventually
@@ -46,9 +46,10 @@ def serving(
     *,
     drain_seconds: float = 5.0,
     limits: ConnectionLimits | None = None,
+    routers: Sequence[RouterFactory] = (),
 ) -> Iterator[HttpServer]:
     """A real server on a port of its own, in a thread."""
-    app, bound = create_app(lifecycle, settings), bind_socket(port=0)
+    app, bound = create_app(lifecycle, settings, routers=routers), bind_socket(port=0)
     server = HttpServer(app, lifecycle, bound, drain_seconds=drain_seconds, limits=limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

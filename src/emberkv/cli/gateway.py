@@ -355,7 +355,7 @@ def _app(
     sequences = SequenceGateway(members, gateway.check_secret, best=gateway.best_worker)
     gateway.on_stop.append(sequences.close)
     by_sequence = [sequences.routes] if options.kv_routes else []
-    app = create_app(lifecycle, settings, routers=[*by_sequence, gateway.routes], collectors=[gateway.metrics])
+    app = create_app(lifecycle, settings, routers=[*by_sequence, gateway.routes])
     if options.kv_routes:
         answer_unknown_paths_in_detail(app)
     if len(bound) == 1:

@@ -59,7 +59,7 @@ class Gateway:
     on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
-        app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
+        app = create_app(gateway.lifecycle, routers=[gateway.routes])
         GatewayServer(app, gateway, bind_socket()).run()
     """
 
@@ -142,7 +142,8 @@ class Gateway:
         self._clock.stop()
 
     def routes(self, parts: AppParts) -> APIRouter:
-        """What a gateway answers beside the server's own routes."""
+        """What a gateway answers beside the server's own routes; its metrics are the app's, too."""
+        parts.register(self.metrics)
         router = APIRouter()
         if self.fleet is not None and self._reader is not None:
             foreign = ForeignRoutes(

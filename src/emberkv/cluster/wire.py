@@ -3,14 +3,14 @@
 A body is one message. A stream is a sequence of frames: four bytes of length, big-endian, and a message; a frame
 without a message is a heartbeat. docs/cluster.md has the routes.
 
-    frame(encode_output(TokenOutput("a", token_ids=(7,))))   # bytes
-    FrameReader().feed(data)                                 # the messages of the frames that are complete
+    frame(encode_outputs([(0, TokenOutput("a", token_ids=(7,)))]))   # bytes
+    FrameReader().feed(data)                                         # the messages of the frames that are complete
 """
 
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -30,7 +30,7 @@ from emberkv.engine.request import (
 )
 from emberkv.errors import ConfigError, WireError, reason_of
 
-VERSION = 1
+VERSION = 2
 MEDIA_TYPE = f"application/vnd.emberkv.v{VERSION}+msgpack"
 PREFIX = "/internal/v1"
 MAX_MESSAGE_BYTES = 128 << 20
@@ -198,6 +198,19 @@ class Progress(Struct, frozen=True, array_like=True, tag="progress"):
     prompt_tokens: Count
 
 
+class Submit(Struct, frozen=True, array_like=True, tag="submit"):
+    """A request, as `encode_request` writes it, in a channel, whose outputs have this number."""
+
+    number: Count
+    request: bytes
+
+
+class Abort(Struct, frozen=True, array_like=True, tag="abort"):
+    """No more outputs of this number are wanted."""
+
+    number: Count
+
+
 class TenantPrompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The prompt that a question is about, and whose it is."""
 
@@ -208,7 +221,8 @@ class TenantPrompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _generates = msgspec.msgpack.Decoder(_Generate)
-_outputs = msgspec.msgpack.Decoder(_Output | Failure | Progress)
+_channels: "msgspec.msgpack.Decoder[Submit | Abort]" = msgspec.msgpack.Decoder(Submit | Abort)
+_outputs = msgspec.msgpack.Decoder(list[tuple[Count, _Output | Failure | Progress]])
 _events = msgspec.msgpack.Decoder(CacheMessage | LoadReport)
 
 
@@ -239,7 +253,7 @@ def _counter(kind: type, counts: Any) -> Any:
 
 
 def encode_request(request: GenerationRequest) -> bytes:
-    """A request for `generate`. Raises ConfigError for one with `allowed_tokens`, a function of this process."""
+    """Raises ConfigError for one with `allowed_tokens`, a function of this process."""
     if request.allowed_tokens is not None:
         raise ConfigError(
             "allowed_tokens is a function of this process, which cannot be sent to a worker; leave it out"
@@ -296,25 +310,42 @@ def decode_prompt(tokens: Tokens) -> "array[int]":
     return token_ids
 
 
-def encode_output(output: TokenOutput) -> bytes:
-    """An output without its request's id, which the reader of the stream knows."""
-    return encode(
-        _Output(
-            output.token_ids,
-            output.finish_reason,
-            output.usage,
-            output.logprobs,
-            output.error,
-            output.queue_seconds,
-            output.prompt_logprobs,
-            output.load_seconds or None,
-        )
+def decode_channel(data: bytes) -> Submit | Abort:
+    """One message of a gateway's. Raises WireError."""
+    return decode_with(_channels, data)
+
+
+def encode_outputs(outputs: Sequence[tuple[int, TokenOutput | Failure | Progress]]) -> bytes:
+    """Outputs of several requests, each with its request's number in the channel."""
+    return encode([(number, _sent(each) if isinstance(each, TokenOutput) else each) for number, each in outputs])
+
+
+def _sent(output: TokenOutput) -> _Output:
+    """Without its request's id, which the reader knows."""
+    return _Output(
+        output.token_ids,
+        output.finish_reason,
+        output.usage,
+        output.logprobs,
+        output.error,
+        output.queue_seconds,
+        output.prompt_logprobs,
+        output.load_seconds or None,
     )
 
 
-def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure | PrefillProgress:
-    """One message of an answer. Raises WireError."""
-    found = decode_with(_outputs, data)
+def decode_outputs(
+    data: bytes, request_ids: Mapping[int, str]
+) -> list[tuple[int, TokenOutput | Failure | PrefillProgress]]:
+    """What a message says of the requests with these numbers; others have been aborted. Raises WireError."""
+    return [
+        (number, _received(each, request_ids[number]))
+        for number, each in decode_with(_outputs, data)
+        if number in request_ids
+    ]
+
+
+def _received(found: _Output | Failure | Progress, request_id: str) -> TokenOutput | Failure | PrefillProgress:
     if isinstance(found, Failure):
         return found
     if isinstance(found, Progress):

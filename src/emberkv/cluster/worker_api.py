@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from functools import partial
 from hashlib import sha256
 from typing import TypeVar
 
@@ -17,27 +16,24 @@ from starlette.types import Receive, Scope, Send
 from emberkv import __version__, event_wire
 from emberkv.cluster import wire, wire_commands
 from emberkv.cluster.cache_operations import decode_operation
+from emberkv.cluster.worker_channel import MAX_REQUESTS, ChannelResponse, RequestChannels, failure_message
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, EventBatch
 from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, Remove, RemovedBlocks
-from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RemoteTierError, RequestError, WireError
-from emberkv.serving.answers.answer_stream import OutputQueue
-from emberkv.serving.app import RouterFactory
+from emberkv.serving.app import AppParts, RouterFactory
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.cache.service import ANSWER_SECONDS, NO_ANSWER, explanation_json
-from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, failure_of
+from emberkv.serving.errors import NotFoundError, NotReadyError, failure_of
 from emberkv.serving.event_stream import unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
+from emberkv.serving.middleware import ENDLESS_BODY
 from emberkv.serving.tenancy import Tenant
 from emberkv.tiers.base import RemovalResult
 
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
-
-MAX_REQUESTS = 1024
-"""More at once are refused, so that a gateway sends them elsewhere."""
 
 WAKE_SECONDS = 0.1
 """How long `wake` is answered after; loading, which goes on, has begun by then."""
@@ -49,32 +45,27 @@ Answer = Callable[[Request], Awaitable[Response]]
 
 
 def worker_routes(worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> RouterFactory:
-    """What a server answers as a worker, beside its own routes; for `create_app`. secret: the cluster's."""
-    return lambda parts: WorkerRoutes(
-        parts.lifecycle, worker_id, secret, engine=parts.answers.engine, max_requests=max_requests
-    ).router()
+    """What a server answers as a worker, beside its own routes; for `create_app`. secret: the cluster's. max_requests:
+    of gateways, at once.
+    """
+
+    def router(parts: AppParts) -> APIRouter:
+        channels = RequestChannels(parts.lifecycle, parts.answers.engine, max_requests)
+        parts.register(channels)
+        return WorkerRoutes(parts.lifecycle, worker_id, secret, channels).router()
+
+    return router
 
 
 class WorkerRoutes:
-    """Answers about the model that ``lifecycle`` holds. It belongs to the event loop. engine: computes for it."""
+    """Answers about the model that ``lifecycle`` holds. It belongs to the event loop."""
 
-    def __init__(
-        self,
-        lifecycle: Lifecycle,
-        worker_id: str,
-        secret: str,
-        *,
-        engine: Callable[[], Engine],
-        max_requests: int = MAX_REQUESTS,
-    ) -> None:
+    def __init__(self, lifecycle: Lifecycle, worker_id: str, secret: str, channels: RequestChannels) -> None:
         self._lifecycle = lifecycle
         self._worker_id = worker_id
-        self._engine = engine
+        self._channels = channels
         self._secret = secret
-        self._max_requests = max_requests
-        self._running = 0
         self._loading: set[asyncio.Task[None]] = set()
-        self._outputs: OutputQueue | None = None
         self._watched: AssembledEngine | None = None
         self._wakes: set[asyncio.Event] = set()
         self._wake_is_due = False
@@ -84,7 +75,7 @@ class WorkerRoutes:
         router = APIRouter(prefix=wire.PREFIX)
         for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.stored, self.load):
             self._add(router, "GET", answer)
-        for answer in (self.generate, self.command, self.explain, self.operate, self.wake):
+        for answer in (self.channel, self.command, self.explain, self.operate, self.wake):
             self._add(router, "POST", answer)
         return router
 
@@ -177,26 +168,9 @@ class WorkerRoutes:
 
         return FrameStream(self._news(engine, after, wake), end)
 
-    async def generate(self, http: Request) -> Response:
-        """Once the response begins, the request is accepted."""
-        request = wire.decode_request(await http.body())
-        self._lifecycle.check_accepting()
-        if self._running >= self._max_requests:
-            raise TooManyRequestsError(
-                f"{self._running} requests are in flight at this worker, and no more are taken", retry_after=1.0
-            )
-        loop = asyncio.get_running_loop()
-        if self._outputs is None or self._outputs.loop is not loop:
-            self._outputs = OutputQueue(loop)
-        generation = Generation(self._engine(), request, self._outputs)
-        self._running += 1
-        self._lifecycle.track(generation)
-        return FrameStream(generation.frames(), partial(self._ended, generation), lambda: generation.is_over)
-
-    def _ended(self, generation: "Generation") -> None:
-        generation.close()
-        self._running -= 1
-        self._lifecycle.untrack(generation)
+    async def channel(self, http: Request) -> Response:
+        http.scope[ENDLESS_BODY] = True
+        return ChannelResponse(self._channels)
 
     async def command(self, http: Request) -> Response:
         model, engine = self._served()
@@ -325,89 +299,15 @@ class WorkerRoutes:
         engine.loop.on_stats(changed)
 
 
-class Generation:
-    """One request at the engine, and its outputs as frames. It aborts what is unfinished when it is closed.
-
-    Raises what ``engine.submit`` raises.
-    """
-
-    def __init__(self, engine: Engine, request: GenerationRequest, outputs: OutputQueue) -> None:
-        self._engine = engine
-        self._request_id = request.request_id
-        self._messages: list[bytes] = []
-        self._has_message = asyncio.Event()
-        self._has_ended = False
-        self._has_output = False
-        engine.submit(request, partial(outputs.post, self._deliver))
-
-    def _deliver(self, output: TokenOutput) -> None:
-        self._has_output = True
-        if self._has_ended:
-            return
-        message = wire.encode_output(output) if output.refusal is None else wire.encode(failure(output.refusal))
-        self._send(message, ends=output.finish_reason is not None)
-
-    def _send(self, message: bytes, *, ends: bool) -> None:
-        self._messages.append(wire.frame(message))
-        self._has_ended = ends
-        self._has_message.set()
-
-    def interrupt(self, error: EmberError) -> None:
-        """End the answer early; a gateway resumes it at another worker."""
-        if not self._has_ended:
-            self._engine.abort(self._request_id)
-            self._send(wire.encode(failure(error)), ends=True)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether `frames` has given out the last."""
-        return self._has_ended and not self._messages
-
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """What has come since the last frames, together; heartbeats while nothing comes."""
-        while not self.is_over:
-            self._has_message.clear()
-            if self._messages:
-                data = b"".join(self._messages)
-                self._messages.clear()
-                yield data
-                continue
-            try:
-                async with asyncio.timeout(wire.HEARTBEAT_SECONDS):
-                    await self._has_message.wait()
-            except TimeoutError:
-                yield self._sign_of_life()
-
-    def _sign_of_life(self) -> bytes:
-        """How far the prompt is computed, until the first output."""
-        progress = None if self._has_output else self._engine.progress(self._request_id)
-        if progress is None:
-            return wire.HEARTBEAT
-        return wire.frame(wire.encode(wire.Progress(progress.computed_tokens, progress.prompt_tokens)))
-
-    def close(self) -> None:
-        if not self._has_ended:
-            self._has_ended = True
-            self._engine.abort(self._request_id)
-
-
 class FrameStream(Response):
-    """Sends frames as they are made. on_end: called at the end, however it comes. is_over: whether the frames given out
-    are the last, which then end the response.
-    """
+    """Sends frames as they are made. on_end: called at the end, however it comes."""
 
     media_type = wire.MEDIA_TYPE
 
-    def __init__(
-        self,
-        frames: AsyncGenerator[bytes, None],
-        on_end: Callable[[], None],
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
         # not Response.__init__, which would give the stream the length of an empty body
         self._frames = frames
         self._on_end = on_end
-        self._is_over = is_over
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store"})
@@ -422,24 +322,13 @@ class FrameStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._frames) as frames:
             async for data in frames:
-                if self._is_over():
-                    await send({"type": "http.response.body", "body": data, "more_body": False})
-                    return
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def failure(error: EmberError) -> wire.Failure:
-    """The error as a gateway raises it again."""
-    shown = failure_of(error)
-    after = shown.headers.get("retry-after")
-    param = error.param if isinstance(error, RequestError) else None
-    return wire.Failure(type(error).__name__, str(error), param, float(after) if after is not None else None)
-
-
 def refused(error: EmberError) -> Response:
     status = 400 if isinstance(error, WireError | ConfigError) else failure_of(error).status
-    return Response(wire.encode(failure(error)), status, media_type=wire.MEDIA_TYPE)
+    return Response(wire.encode(failure_message(error)), status, media_type=wire.MEDIA_TYPE)
 
 
 def _message(message: object, headers: dict[str, str] | None = None) -> Response:

@@ -1,5 +1,6 @@
 """Asks a worker: one method for each of its internal routes."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -13,6 +14,7 @@ from emberkv import errors, event_wire
 from emberkv.cluster import wire, wire_commands
 from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.cluster.loop_clock import ClockTimeout
+from emberkv.cluster.request_channel import RequestChannel
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
@@ -21,6 +23,7 @@ from emberkv.serving.errors import UnauthorizedError
 
 R = TypeVar("R")
 T = TypeVar("T")
+Body = bytes | AsyncGenerator[bytes, None]
 
 _REFUSALS: Mapping[str, type[errors.EmberError]] = {
     kind.__name__: kind
@@ -45,9 +48,8 @@ _REFUSALS: Mapping[str, type[errors.EmberError]] = {
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """In seconds. connect: until a connection stands. answer: until a response begins, which for `generate` means that
-    the request is accepted. silence: between two frames of a stream, heartbeats included. clock: by which answer and
-    silence are measured, such as a `LoopClock`.
+    """In seconds. connect: until a connection stands. answer: until a response begins. silence: between two frames of
+    a stream, heartbeats included. clock: by which answer and silence are measured, such as a `LoopClock`.
     """
 
     connect: float = 2.0
@@ -77,9 +79,14 @@ class WorkerClient:
         self._headers = {"authorization": f"Bearer {secret}", "accept": wire.MEDIA_TYPE}
         self._deadlines = deadlines or Deadlines()
         self._http: aiohttp.ClientSession | None = None
+        self._channel: RequestChannel | None = None
+        self._carrying: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
         """Close all connections; what runs on them ends."""
+        if self._carrying is not None:
+            self._carrying.cancel()
+            await asyncio.wait([self._carrying])
         if self._http is not None:
             await self._http.close()
 
@@ -135,20 +142,32 @@ class WorkerClient:
         WorkerLostError, WorkerTimeoutError and EngineStoppedError may come after some outputs: the answer can be gone
         on with elsewhere, by ``answered``. After the last output they mean nothing.
         """
-        body = wire.encode_request(request)
-        has_ended = False
-        async with aclosing(self._stream("POST", "generate", body=body)) as messages:
-            async for data in messages:  # to the stream's end, so that its connection can be used again
-                output = wire.decode_output(data, request.request_id)
-                if isinstance(output, wire.Failure):
-                    raise refusal(output)
-                if isinstance(output, PrefillProgress):
-                    on_progress(output)
-                    continue
-                has_ended = output.finish_reason is not None
-                yield output
-        if not has_ended:
-            raise errors.WorkerLostError(f"{self.url} ended the answer to {request.request_id} before its last output")
+        async with aclosing(self._open_channel().outcomes(request)) as outcomes:
+            async for outcome in outcomes:
+                if isinstance(outcome, wire.Failure):
+                    raise refusal(outcome)
+                if isinstance(outcome, PrefillProgress):
+                    on_progress(outcome)
+                else:
+                    yield outcome
+
+    def _open_channel(self) -> RequestChannel:
+        """The one that requests are sent over now; what it fails by, they do."""
+        if self._channel is None or self._channel.failed is not None:
+            self._channel = RequestChannel()
+            self._carrying = asyncio.create_task(self._carry(self._channel))
+        return self._channel
+
+    async def _carry(self, channel: RequestChannel) -> None:
+        error: errors.EmberError = errors.WorkerLostError(f"{self.url} ended the connection")
+        try:
+            async with aclosing(self._stream("POST", "channel", body=channel.sent())) as messages:
+                async for message in messages:
+                    channel.take(message)
+        except errors.EmberError as failure:
+            error = failure
+        finally:
+            channel.end(error)
 
     async def execute(self, command: Command[R]) -> R:
         """Have one of the engine's commands carried out; those that read events, a snapshot or the load have methods of
@@ -189,7 +208,7 @@ class WorkerClient:
             return await self._within(self._deadlines.answer, response.read())
 
     async def _stream(
-        self, method: str, route: str, *, query: Mapping[str, str] | None = None, body: bytes | None = None
+        self, method: str, route: str, *, query: Mapping[str, str] | None = None, body: Body | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The messages of a stream until the worker ends it."""
         frames = wire.FrameReader()
@@ -208,7 +227,7 @@ class WorkerClient:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         """An answer that is no refusal. Leaving before its end closes the connection, by which the worker aborts the
         request.

@@ -85,7 +85,7 @@ class ServingSettings:
 
 @dataclass(frozen=True, slots=True)
 class AppParts:
-    """What an app's routes are built of, for routers that are added to it."""
+    """What an app's routes are built of, for routers that are added to it. register: adds to the app's metrics."""
 
     lifecycle: Lifecycle
     keys: ApiKeys
@@ -96,6 +96,7 @@ class AppParts:
     wall_clock: Callable[[], float]
     responses: ResponseStore
     stream_times: StreamTimes
+    register: Callable[[Collector], None]
 
 
 RouterFactory = Callable[[AppParts], APIRouter]
@@ -117,15 +118,14 @@ def create_app(
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
     routers: Sequence[RouterFactory] = (),
-    collectors: Sequence[Collector] = (),
 ) -> FastAPI:
     """An app that answers at once, and generates as soon as ``lifecycle.loaded`` has been called.
 
     clock: monotonic seconds, for latencies. wall_clock: seconds since 1970, for answers' ``created``. routers: make
-    further routes, which take precedence over the app's own. collectors: of further metrics.
+    further routes, which take precedence over the app's own.
     """
     settings = settings or ServingSettings()
-    parts, metrics = _parts(lifecycle, settings, clock, wall_clock, collectors)
+    parts, metrics = _parts(lifecycle, settings, clock, wall_clock)
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not parts.tenants.by_key, clock=clock)
     for kind in (EmberError, HTTPException, Exception):
@@ -155,7 +155,6 @@ def _parts(
     settings: ServingSettings,
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
-    collectors: Sequence[Collector],
 ) -> tuple[AppParts, ServingMetrics]:
     """What the routes share, and the metrics that it counts in."""
     tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
@@ -169,8 +168,6 @@ def _parts(
         is_own_user=settings.is_own_user,
     )
     metrics, workers = _metrics(lifecycle), WorkerPool()
-    for collector in collectors:
-        metrics.register(collector)
     memory = AnswerMemory() if settings.answer_memory else None
     if memory is not None:
         metrics.register(AnswerMemoryCollector(memory.size))
@@ -190,7 +187,10 @@ def _parts(
     )
     preparer = RequestPreparer(lifecycle, workers, settings.canonical, memory)
     responses, times = ResponseStore(clock=clock), settings.stream_times or StreamTimes()
-    return AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock, responses, times), metrics
+    parts = AppParts(
+        lifecycle, keys, guard, preparer, answers, tenants, wall_clock, responses, times, register=metrics.register
+    )
+    return parts, metrics
 
 
 def _add_descriptions(app: FastAPI, settings: ServingSettings, keys: ApiKeys) -> None:

@@ -108,6 +108,9 @@ BYTES_PER_TOKEN = 64
 
 UNFINISHED_BODIES = 16
 
+ENDLESS_BODY = "emberkv.endless_body"
+"""Set in the scope of a request whose handler takes the body as messages, of which it bounds each one."""
+
 
 def default_max_bytes(context_length: int) -> int:
     """The largest body by default: several times what fills a context of so many tokens."""
@@ -140,6 +143,8 @@ class BodyLimit:
             if declared.isdigit():
                 self._check(declared.lstrip(b"0") or b"0", most)
             message = await receive()
+            if scope.get(ENDLESS_BODY):
+                return message
             self._count(body, len(message.get("body", b"")), most)
             if not message.get("more_body", False):
                 self._forget(body)
