@@ -8,11 +8,12 @@ from fastapi import FastAPI
 
 from emberkv.errors import EmberError
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.errors import NotReadyError
+from emberkv.serving.errors import BodyTooLargeError, NotReadyError
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.middleware import BodyLimit, default_max_bytes
+from emberkv.serving.middleware import ENDLESS_BODY, BodyLimit, default_max_bytes
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client, anthropic_error, openai_error
+from tests.waiting import on_a_loop
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 MESSAGE = {**CHAT, "max_tokens": 10}
@@ -109,3 +110,23 @@ def test_unfinished_bodies_together_are_limited_and_small_ones_still_arrive() ->
     asyncio.run(all_at_once())
     assert (sum(read), read.count(10), read[-1]) == (16_010, 1, 1000)  # one large body made room for the small one
     assert all(isinstance(error, NotReadyError) for error in refused)
+
+
+@on_a_loop
+async def test_a_body_that_a_handler_takes_as_messages_has_no_limit_as_a_whole() -> None:
+    read: list[int] = []
+
+    async def app(scope: Any, receive: Any, _send: Any) -> None:
+        scope[ENDLESS_BODY] = scope["path"] == "/endless"
+        for _ in range(3):
+            read.append(len((await receive())["body"]))
+
+    async def receive() -> Any:
+        return {"body": b"x" * 600, "more_body": True}
+
+    limit = BodyLimit(app, lambda: 1000)
+    await limit({"type": "http", "path": "/endless", "headers": []}, receive, receive)
+    assert read == [600, 600, 600]
+    with pytest.raises(BodyTooLargeError):
+        await limit({"type": "http", "path": "/whole", "headers": []}, receive, receive)
+    assert len(read) == 4

@@ -327,11 +327,12 @@ def _gateway(
         record=record,
         missed_removals=options.missed_removals,
         clock=clock,
-        load_tokenizer=_frozen_tokenizer,
+        load_tokenizer=frozen_tokenizer,
     )
 
 
-def _frozen_tokenizer(files: "TokenizerFiles") -> "HFTokenizer":
+def frozen_tokenizer(files: "TokenizerFiles") -> "HFTokenizer":
+    """As `tokenizer_of`, with the libraries that it imports left alone by the garbage collector, too."""
     with gc_frozen():
         return tokenizer_of(files)
 
