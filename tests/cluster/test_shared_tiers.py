@@ -83,28 +83,31 @@ class Process:
                 return None
 
 
-class Heard(ReplicaBlocks):
-    """Notes by which change the index goes, for each block."""
+class Heard:
+    """A replica's blocks in the index. Notes by which change the index goes, for each block."""
 
     def __init__(self, gateway: "Gateway", slot: int) -> None:
         listed = (TIER,) if gateway.store.is_listed else ()
-        super().__init__(gateway.index, slot, unkept=lambda: gateway.unkept(slot), listed=lambda: listed)
+        self._blocks = ReplicaBlocks(gateway.index, slot, unkept=lambda: gateway.unkept(slot), listed=lambda: listed)
         self._gateway = gateway
         self._is_listed = gateway.store.is_listed
 
     def apply(self, event: Event) -> None:
-        super().apply(event)
+        self._blocks.apply(event)
         blocks = HASHES if isinstance(event, AllBlocksCleared) else event.block_hashes
         self._gateway.heard.update(dict.fromkeys(blocks, self._gateway.number_of(event)))
 
     def clear(self) -> None:
-        super().clear()
+        self._blocks.clear()
         if self._is_listed:
             self._gateway.heard = dict.fromkeys(HASHES, UNKNOWN)
 
     def merge(self, chunk: SnapshotChunk) -> None:
-        super().merge(chunk)
+        self._blocks.merge(chunk)
         self._gateway.heard.update(dict.fromkeys(chunk.block_hashes, UNKNOWN))
+
+    def restart(self) -> None:
+        self._blocks.restart()
 
 
 class Gateway:

@@ -205,9 +205,9 @@ class TokenChain:
 
     def _hash(self, parent: BlockHash, stop: int) -> None:
         """The prompt's blocks from the first without a block hash to ``stop``."""
-        width = self.block_size * TOKEN_BYTES
-        rest = self._encoded[len(self.block_hashes) * width : stop * width]
-        self.block_hashes += hash_blocks(parent, rest, self.block_size)
+        first, width = len(self.block_hashes), self.block_size * TOKEN_BYTES
+        if first < stop:  # mypyc raises SystemError for a slice of bytes that would end before it begins
+            self.block_hashes += hash_blocks(parent, self._encoded[first * width : stop * width], self.block_size)
 
     def __len__(self) -> int:
         return len(self._tokens)

@@ -25,6 +25,7 @@ from emberkv.core.loading import Admission
 from emberkv.core.prefix_cache import PrefixCache
 from tests.core.harness import chain
 from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, miss_spans, stored
+from tests.machine import subclasses_core
 
 
 def test_nothing_is_known() -> None:
@@ -330,6 +331,7 @@ def test_what_was_generated_since_is_no_part_of_the_prompt() -> None:
     assert explanation.divergence == Divergence(3, (0, 1, 2), (9,), (3, 4, 5), cached=True)
 
 
+@subclasses_core
 def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
     tokens = list(range(128_000))
     cached = TokenChain(b"root", tokens, 16)
