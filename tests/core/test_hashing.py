@@ -138,7 +138,7 @@ def test_what_is_generated_is_never_public() -> None:
 
 
 @given(tokens=TOKENS, public=st.integers(0, 6), data=st.data())
-def test_hashes_that_are_known_are_not_hashed_again(tokens: list[int], public: int, data: st.DataObject) -> None:
+def test_hashing_goes_on_behind_known_hashes(tokens: list[int], public: int, data: st.DataObject) -> None:
     whole = TokenChain(ROOT, tokens, 2, salt=b"s", public_blocks=public)
     known = whole.block_hashes[: data.draw(st.integers(0, len(whole.block_hashes)))]
     again = TokenChain(ROOT, tokens, 2, salt=b"s", public_blocks=public, known=known)
