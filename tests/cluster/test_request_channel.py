@@ -93,11 +93,11 @@ def _shown(outcome: TokenOutput | wire.Failure | PrefillProgress) -> tuple[int, 
 
 
 class Worker:
-    def __init__(self, max_requests: int = 10) -> None:
+    def __init__(self, max_requests: int = 10, **limits: int) -> None:
         self.engine = Engine()
         self.lifecycle = Lifecycle()
         self.lifecycle.loaded(ServedModel(("m",), 0, FakeEngine(), ByteTokenizer()))
-        self.channels = RequestChannels(self.lifecycle, lambda: self.engine, max_requests)
+        self.channels = RequestChannels(self.lifecycle, lambda: self.engine, max_requests, **limits)
 
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[Gateway]:
@@ -233,6 +233,22 @@ async def test_a_server_that_ends_interrupts_what_it_cannot_finish_and_ends_the_
         await until(lambda: gateway.ends[-1:] == [True])
         assert gateway.outputs == [(0, "EngineStoppedError")]
     assert worker.engine.aborted == ["a"]
+
+
+@on_a_loop
+async def test_outputs_that_are_too_large_together_are_sent_apart_and_one_that_is_too_large_alone_ends() -> None:
+    worker = Worker(message_bytes=250)
+    async with worker.channel() as gateway:
+        for number, request_id in enumerate("abc"):
+            gateway.submit(number, request_id)
+        await worker.submitted("a", "b", "c")
+        for request_id, size in (("a", 10), ("b", 1000), ("c", 30)):
+            worker.engine.say(request_id, *([100_000] * size))
+        await until(lambda: len(gateway.outputs) == 3)
+        assert gateway.outputs == [(0, (100_000,) * 10), (1, "RequestError"), (2, (100_000,) * 30)]
+        assert len(gateway.messages) == 3
+        await until(lambda: worker.lifecycle.tracked == 2)
+        assert worker.engine.aborted == ["b"]
 
 
 REQUEST = GenerationRequest("a", [1, 2], SamplingParams(max_tokens=4))

@@ -28,12 +28,21 @@ MAX_REQUESTS = 1024
 
 
 class RequestChannels(Collector):
-    """The channels of all gateways, and the metrics of their requests. max_requests: of all channels at once; more are
-    refused. Belongs to the event loop.
+    """The channels of all gateways, and the metrics of their requests. Belongs to the event loop.
+
+    max_requests: of all channels at once; more are refused. message_bytes: the largest message that is sent.
     """
 
-    def __init__(self, lifecycle: Lifecycle, engine: Callable[[], Engine], max_requests: int) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        engine: Callable[[], Engine],
+        max_requests: int,
+        *,
+        message_bytes: int = wire.MAX_MESSAGE_BYTES,
+    ) -> None:
         self.lifecycle = lifecycle
+        self.message_bytes = message_bytes
         self._engine = engine
         self._max_requests = max_requests
         self._open: set[ChannelResponse] = set()
@@ -82,6 +91,7 @@ class RequestChannels(Collector):
         yield counter
 
 
+Outcome = TokenOutput | wire.Failure | wire.Progress
 Post = Callable[[TokenOutput | wire.Failure], None]
 """Takes an output of a request, or what ends it early."""
 
@@ -137,7 +147,7 @@ class ChannelResponse(Response):
         # not Response.__init__, which would give the stream the length of an empty body
         self._channels = channels
         self._generations: dict[int, Generation] = {}
-        self._messages: list[tuple[int, TokenOutput | wire.Failure | wire.Progress]] = []
+        self._messages: list[tuple[int, Outcome]] = []
         self._has_news = asyncio.Event()
         self._is_over = False
         self.status_code = 200
@@ -145,8 +155,8 @@ class ChannelResponse(Response):
         self.init_headers({"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._channels.opened(self)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._channels.opened(self)
         reading = asyncio.create_task(self._take_requests(receive))
         draining = asyncio.create_task(self._channels.lifecycle.drained.wait())
         for each in (reading, draining):
@@ -213,7 +223,7 @@ class ChannelResponse(Response):
             self._has_news.clear()
             if self._messages:
                 messages, self._messages = self._messages, []
-                await self._send(send, wire.frame(wire.encode_outputs(messages)))
+                await self._send(send, self._frames(messages))
                 self._forget_ended(messages)
             elif self._is_over:
                 return
@@ -224,6 +234,23 @@ class ChannelResponse(Response):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
                         await self._has_news.wait()
+
+    def _frames(self, messages: Sequence[tuple[int, Outcome]]) -> bytes:
+        """One frame, or several where it would be too large. An output that is too large alone ends its request."""
+        data, most = wire.encode_outputs(messages), self._channels.message_bytes
+        if len(data) <= most:
+            return wire.frame(data)
+        if len(messages) > 1:
+            middle = len(messages) // 2
+            return self._frames(messages[:middle]) + self._frames(messages[middle:])
+        number = messages[0][0]
+        if (generation := self._generations.get(number)) is not None:
+            generation.close()
+        refused = RequestError(
+            f"an output of the answer takes {len(data):,} bytes, of which at most {most:,} are sent; ask for fewer "
+            "log-probabilities"
+        )
+        return wire.frame(wire.encode_outputs([(number, failure_message(refused))]))
 
     @staticmethod
     async def _send(send: Send, data: bytes) -> None:
