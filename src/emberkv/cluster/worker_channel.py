@@ -27,6 +27,11 @@ MAX_REQUESTS = 1024
 """More at once are refused, so that a gateway sends them elsewhere."""
 
 
+Outcome = TokenOutput | wire.Failure | wire.Progress
+Post = Callable[[TokenOutput | wire.Failure], None]
+"""Takes an output of a request, or what ends it early."""
+
+
 class RequestChannels(Collector):
     """The channels of all gateways, and the metrics of their requests. Belongs to the event loop.
 
@@ -56,7 +61,7 @@ class RequestChannels(Collector):
     def closed(self, channel: "ChannelResponse") -> None:
         self._open.discard(channel)
 
-    def submit(self, request: GenerationRequest, post: "Post") -> "Generation":
+    def submit(self, request: GenerationRequest, post: Post) -> "Generation":
         """Raises what the request is refused by."""
         self.lifecycle.check_accepting()
         if len(self._running) >= self._max_requests:
@@ -89,11 +94,6 @@ class RequestChannels(Collector):
         for outcome, requests in self._outcomes.items():
             counter.add_metric([outcome], requests)
         yield counter
-
-
-Outcome = TokenOutput | wire.Failure | wire.Progress
-Post = Callable[[TokenOutput | wire.Failure], None]
-"""Takes an output of a request, or what ends it early."""
 
 
 class Generation:
