@@ -23,11 +23,12 @@ gc.freeze()  # a server collects garbage at its start, and would go through all 
 
 
 def run(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    """Become ``emberkv`` with these arguments, in ``folder``, its standard error in the file ``log``."""
+    """Become ``emberkv`` with these arguments, in ``folder``, what it prints in the file ``log``."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
     app(arguments, prog_name="emberkv")

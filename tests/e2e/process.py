@@ -1,7 +1,7 @@
 """``emberkv serve`` in a process of its own, and questions about how it is.
 
-Importing torch and transformers takes most of a server's start. So servers are forked off a process that has imported
-them, except where a test wants the command itself.
+Importing torch and transformers takes most of a server's start. So these are forked off a process that has imported
+them, as are other commands, except where a test wants the command itself.
 """
 
 import multiprocessing
@@ -28,7 +28,6 @@ START_DEADLINE = 2 * DEADLINE
 """Seconds for a process that may have to import torch and to load a model first."""
 METRICS_KEY = "metrics-key"
 EMBERKV = [sys.executable, "-m", "emberkv.cli.main"]
-COMMAND = [*EMBERKV, "serve"]
 
 
 def clean_environment() -> dict[str, str]:
@@ -53,9 +52,9 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-class ForkedServer:
-    """A server that begins with all modules imported. command: ``serve`` or ``gateway``. log: takes its stderr.
-    environment: variables of its own.
+class Forked:
+    """``emberkv`` in a process that begins with all modules imported. command: ``serve``, ``gateway`` or another one.
+    log: takes what it prints. environment: variables of its own.
     """
 
     def __init__(
@@ -73,6 +72,7 @@ class ForkedServer:
         from tests.e2e.forked import run  # imports torch
 
         given = ([command, *arguments], clean_environment() | (environment or {}), os.getcwd(), str(log))
+        self._command = command
         self._process = context.Process(target=run, args=given, daemon=True)
         self._process.start()
 
@@ -87,7 +87,7 @@ class ForkedServer:
     def wait(self, timeout: float) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("emberkv serve", timeout)
+            raise subprocess.TimeoutExpired(f"emberkv {self._command}", timeout)
         return self._process.exitcode
 
     def send_signal(self, sig: int) -> None:
@@ -161,7 +161,7 @@ def serving(
             line = [*through, *EMBERKV, command, *given]
             process = subprocess.Popen(line, stderr=stderr, env=clean_environment())
     else:
-        process = ForkedServer(command, given, log, environment)
+        process = Forked(command, given, log, environment)
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import ForkedServer, serving
+from tests.e2e.process import Forked, serving
 from tests.waiting import DEADLINE
 
 PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles of 32, and a rest
@@ -40,7 +40,7 @@ def test_the_summary_says_what_computes(
 def test_kernels_that_are_asked_for_and_cannot_be_are_an_error(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     arguments = [str(checkpoint("llama")), "--kernels", "native", "--port", "0"]
-    refused = ForkedServer("serve", arguments, log, {"PATH": str(tmp_path)})
+    refused = Forked("serve", arguments, log, {"PATH": str(tmp_path)})
     assert refused.wait(DEADLINE) == 2
     assert "error: no C++ compiler: none of g++, c++ is on the PATH" in log.read_text()
     assert "Traceback" not in log.read_text()

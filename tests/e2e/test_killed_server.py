@@ -1,8 +1,6 @@
 """A server that is killed under load at random moments, and started again on the folder that it left."""
 
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import START_DEADLINE, Server, serving
+from tests.e2e.process import Forked, Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask, users
 from tests.tiers.disks import files_of
 from tests.waiting import DEADLINE, eventually
@@ -89,9 +87,8 @@ def check_server(server: Server, cache: Path, expected: Sequence[Choice]) -> boo
 
 def check_folder(cache: Path) -> None:
     """Each block in it is sound, and all that lies there is within the quota."""
-    command = [sys.executable, "-m", "emberkv.cli.main", "cache", "verify", str(cache)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START_DEADLINE)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    log = cache.parent / "verify.log"
+    assert Forked("cache", ("verify", str(cache)), log).wait(DEADLINE) == 0, log.read_text()
     assert sum(path.stat().st_size for path in [*files_of(cache), *temporary_files(cache)]) <= QUOTA
 
 

@@ -3,7 +3,6 @@
 import random
 import signal
 import socket
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import COMMAND, START_DEADLINE, clean_environment, serving
+from tests.e2e.process import Forked, serving
 from tests.models import VOCAB_SIZE
 from tests.waiting import DEADLINE, eventually
 
@@ -59,12 +58,9 @@ def test_settings(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
 
         eventually(preempts)
 
-        second = subprocess.run(
-            [*COMMAND, "--port", str(httpx.URL(server.url).port)],
-            env=clean_environment(), capture_output=True, text=True, check=False, timeout=START_DEADLINE,
-        )  # fmt: skip
-        assert second.returncode == 2
-        assert f"error: {httpx.URL(server.url).netloc.decode()} is already in use" in second.stderr
+        log = tmp_path / "second.log"
+        assert Forked("serve", ("--port", str(httpx.URL(server.url).port)), log).wait(DEADLINE) == 2
+        assert f"error: {httpx.URL(server.url).netloc.decode()} is already in use" in log.read_text()
 
 
 @pytest.mark.parametrize(

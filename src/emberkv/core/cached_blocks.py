@@ -39,7 +39,7 @@ class ChildIndex:
         return sum(map(len, self._children.values()))
 
     def __contains__(self, block: Block) -> bool:
-        return any(child is block for child in self._children.get(block.parent, ()))
+        return block in self._children.get(block.parent, ())  # blocks are equal only to themselves
 
     def add(self, block: Block) -> None:
         siblings = self._children.get(block.parent)

@@ -8,6 +8,8 @@ from emberkv.core.cached_blocks import ChildIndex
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import IntegrityError
 
+_FREE = BlockState.FREE
+
 
 def require_allocated(block: Block) -> None:
     """Raise IntegrityError for a block that must not be committed."""
@@ -45,39 +47,33 @@ def broken_laws(
 def _of_the_pool(
     blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
 ) -> list[str]:
-    free = free_cached = cached = 0
-    for block in blocks:
-        indexed = block.block_hash is not None
-        cached += indexed
-        if block.state is BlockState.FREE:
-            free += 1
-            free_cached += indexed
+    free = [block for block in blocks if block.state is _FREE]
+    free_cached = sum([block.block_hash is not None for block in free])
+    cached = sum([block.block_hash is not None for block in blocks])
     laws = [
-        (free == len(blank) + evictable, "free blocks and the free lists differ"),
+        (len(free) == len(blank) + evictable, "free blocks and the free lists differ"),
         (free_cached == evictable, "evictable blocks and the policy differ"),
-        (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
+        (not any(block.ref_count or block.block_hash is not None for block in blank), "a blank block is in use"),
         (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
-        (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
+        ([block.block_hash for block in index.values()] == list(index), "the index names a wrong block"),
         (cached == len(index), "a cached block is not indexed"),
     ]
     return [what for holds, what in laws if not holds]
 
 
 def _of_each_block(blocks: Sequence[Block]) -> list[str]:
-    broken = []
+    broken = [
+        f"block {block.block_id}: holders" for block in blocks if (block.state is _FREE) is (block.ref_count != 0)
+    ]
     for block in blocks:
-        state, indexed, refs = block.state, block.block_hash is not None, block.ref_count
-        if state is BlockState.FREE:
-            if refs:
-                broken.append(f"block {block.block_id}: holders")
+        if block.state is _FREE:
             continue
-        if not refs:
-            broken.append(f"block {block.block_id}: holders")
-        if state is BlockState.COMMITTED:
+        indexed = block.block_hash is not None
+        if block.state is BlockState.COMMITTED:
             if not indexed:
                 broken.append(f"block {block.block_id}: not indexed")
         elif indexed:
             broken.append(f"block {block.block_id}: indexed")
-        if state is BlockState.PENDING and refs != 1:
+        if block.state is BlockState.PENDING and block.ref_count != 1:
             broken.append(f"block {block.block_id}: pending for several")
     return broken

@@ -1,5 +1,6 @@
 """Compiling the kernels: once for a machine, and a clear word where it fails."""
 
+import ctypes
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +17,21 @@ from tests.waiting import DEADLINE
 
 
 def test_it_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FLAGS", (*module._FLAGS, "-O0"))  # takes a fraction of the time
+    """Two sources with a common header, as compiling the kernels themselves takes long; the other tests do that."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "exported.hpp").write_text('#define EXPORTED extern "C" __attribute__((visibility("default")))\n')
+    for name, value in (("first", 3), ("second", 5)):
+        code = f'#include "exported.hpp"\nEXPORTED int {name}() {{ return {value}; }}\n'
+        (sources / f"{name}.cpp").write_text(code)
+    monkeypatch.setattr(module, "_SOURCES", sources)
     library = build(tmp_path / "new" / "folder")
     written = library.stat().st_mtime_ns
     assert build(library.parent) == library
     assert library.stat().st_mtime_ns == written
     assert list(library.parent.iterdir()) == [library]
-    assert Kernels(library).lanes >= 4
+    loaded = ctypes.CDLL(str(library))
+    assert (loaded.first(), loaded.second()) == (3, 5)
 
 
 def test_several_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
