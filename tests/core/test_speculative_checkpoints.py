@@ -197,14 +197,20 @@ def test_all_that_were_left_are_used_or_unused_or_cached() -> None:
 def speculation(*, owned: float = 64) -> tuple[SpeculativeCheckpoints, list[Block]]:
     """Two speculative checkpoints of 4 and 6 tokens in a pool of 64 blocks of 8."""
     kept = SpeculativeCheckpoints(64, 8, SchedulerStats(), num_owned=lambda _: owned, has_blank_for=lambda _: False)
-    blocks = [Block(number, block_hash=bytes([number]), num_tokens=count) for number, count in ((1, 4), (2, 6))]
+    blocks = [cached(1, bytes([1]), 4), cached(2, bytes([2]), 6)]
     for block in blocks:
         kept.add(block, CheckpointKind.PROMPT_END)
     return kept, blocks
 
 
+def cached(block_id: int, block_hash: bytes, num_tokens: int, owner: str = "") -> Block:
+    block = Block(block_id)
+    block.block_hash, block.num_tokens, block.owner = block_hash, num_tokens, owner
+    return block
+
+
 def full(*names: bytes, owner: str = "") -> list[Block]:
-    return [Block(0, block_hash=name, owner=owner, num_tokens=8) for name in names]
+    return [cached(0, name, 8, owner) for name in names]
 
 
 def test_what_one_saves_raises_the_limit_and_a_block_missed_lowers_it() -> None:

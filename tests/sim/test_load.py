@@ -1,24 +1,33 @@
 """Whether a set-up keeps up: decided by the requests that wait when arrivals end."""
 
+from collections.abc import Iterable
+
 import pytest
 
-from emberkv.sim.outcome import RequestOutcome, Row, Rows, Status, TurnKind
+from emberkv.sim.outcome import RequestOutcome, Rows, Status, TurnKind
 from emberkv.sim.summary import OfferedLoad, load_of
 from tests.sim.build import single
 
 SECOND = 10**9
 
 
-def rows(*times: tuple[float, float | None], status: Status = Status.COMPLETED, session: bool = False) -> list[Row]:
+def rows(*times: tuple[float, float | None], status: Status = Status.COMPLETED) -> Rows:
     """Arrival and first token of each, in seconds."""
     found = Rows()
-    for number, (arrival, first) in enumerate(times):
-        outcome = RequestOutcome(
-            single(f"r{number}", 10, 1), status, round(arrival * SECOND),
-            None if first is None else round(first * SECOND), turn=TurnKind.CONTINUES if session else TurnKind.FIRST,
-        )  # fmt: skip
-        found.add(outcome)
-    return list(found)
+    add(found, times, status)
+    return found
+
+
+def add(
+    found: Rows,
+    times: Iterable[tuple[float, float | None]],
+    status: Status = Status.COMPLETED,
+    turn: TurnKind = TurnKind.FIRST,
+) -> None:
+    for arrival, first in times:
+        first_token = None if first is None else round(first * SECOND)
+        request = single(f"r{len(found)}", 10, 1)
+        found.add(RequestOutcome(request, status, round(arrival * SECOND), first_token, turn=turn))
 
 
 def test_half_as_fast_as_requests_arrive_is_a_queue_without_end() -> None:
@@ -53,7 +62,8 @@ def test_what_can_never_be_served_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("session", [True, False])
 def test_follow_ups_do_not_stretch_the_time_in_which_requests_are_asked(session: bool) -> None:
-    later = rows(*((1000 + at, 1001 + at) for at in range(50)), session=session)
-    found = load_of([*rows(*((at, 2 * at + 0.5) for at in range(101))), *later[1:]], replicas=1)
+    asked = rows(*((at, 2 * at + 0.5) for at in range(101)))
+    add(asked, ((1000 + at, 1001 + at) for at in range(1, 50)), turn=TurnKind.CONTINUES if session else TurnKind.FIRST)
+    found = load_of(asked, replicas=1)
     assert found is not None
     assert found.grows is session

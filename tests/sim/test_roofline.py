@@ -188,7 +188,8 @@ def test_the_h100_dips_near_256_rows() -> None:
 
 
 def plan_of(decodes: list[int], prompts: list[list[tuple[int, int]]]) -> StepPlan:
-    plan = StepPlan(decodes=[sequence(f"d{at}", length) for at, length in enumerate(decodes)])
+    plan = StepPlan()
+    plan.decodes += [sequence(f"d{at}", length) for at, length in enumerate(decodes)]
     for at, parts in enumerate(prompts):
         prompt = sequence(f"p{at}", parts[-1][1])
         plan.prefills += [PrefillChunk(prompt, start, stop) for start, stop in parts]

@@ -191,7 +191,11 @@ class RoutingPolicy(ABC):
 
 def least_loaded(view: RoutingView) -> int:
     """Of equal ones the first."""
-    return min([(state.load, slot) for slot, state in enumerate(view.replicas) if state.up])[1]
+    least, found = inf, -1
+    for slot, state in enumerate(view.replicas):
+        if state.up and (found < 0 or state.load < least):
+            least, found = state.load, slot
+    return found
 
 
 class RandomChoice(RoutingPolicy):

@@ -16,7 +16,7 @@ class BlockState(Enum):
     COMMITTED = "committed"  # held, complete, and found under its block hash
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class Block:
     """One physical block and what it holds.
 
@@ -35,19 +35,36 @@ class Block:
     """
 
     block_id: int
-    state: BlockState = BlockState.FREE
-    ref_count: int = 0
-    block_hash: BlockHash | None = None
-    parent: BlockHash = b""
-    tokens: bytes = b""
-    position: int = 0
-    owner: str = ""
-    exact: bool = False
-    num_tokens: int = 0
-    partial: bool = False
-    keep_when_extended: bool = False
-    retained: bool = False
-    previous: BlockHash = b""
+    state: BlockState
+    ref_count: int
+    block_hash: BlockHash | None
+    parent: BlockHash
+    tokens: bytes
+    position: int
+    owner: str
+    exact: bool
+    num_tokens: int
+    partial: bool
+    keep_when_extended: bool
+    retained: bool
+    previous: BlockHash
+
+    def __init__(self, block_id: int) -> None:
+        """A blank block."""
+        self.block_id = block_id
+        self.state = BlockState.FREE
+        self.ref_count = 0
+        self.block_hash = None
+        self.parent = b""
+        self.tokens = b""
+        self.position = 0
+        self.owner = ""
+        self.exact = False
+        self.num_tokens = 0
+        self.partial = False
+        self.keep_when_extended = False
+        self.retained = False
+        self.previous = b""
 
 
 @dataclass(frozen=True, slots=True)

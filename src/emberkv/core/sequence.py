@@ -34,7 +34,7 @@ BACKGROUND_PRIORITY = 1_000_000
 another sequence's."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class Sequence:
     """One request's state in the scheduler: its tokens, its blocks, and how far they are computed.
 
@@ -54,26 +54,55 @@ class Sequence:
     request_id: str
     chain: Chain
     max_new_tokens: int
-    priority: int = 0
-    tenant: str = ""
-    order: int = 0
-    wants_prompt_logits: bool = False
-    checkpoints: tuple[int, ...] = ()
-    short: bool = True
-    status: SequenceStatus = SequenceStatus.WAITING
-    lease: Lease | None = None
-    num_computed: int = 0
-    cached_tokens: int = 0  # of the prompt, when first admitted
-    num_preemptions: int = 0
-    finish_reason: FinishReason | None = None
-    waits: list[LoadWait] = field(default_factory=list)
-    lookup: PendingLookup | None = None
-    load_decision: LoadDecision = NOTHING_BELOW
-    admission: Admission | None = None
-    prompt_tokens: int = field(init=False)
+    priority: int
+    tenant: str
+    order: int
+    wants_prompt_logits: bool
+    checkpoints: tuple[int, ...]
+    short: bool
+    status: SequenceStatus
+    lease: Lease | None
+    num_computed: int
+    cached_tokens: int  # of the prompt, when first admitted
+    num_preemptions: int
+    finish_reason: FinishReason | None
+    waits: list[LoadWait]
+    lookup: PendingLookup | None
+    load_decision: LoadDecision
+    admission: Admission | None
+    prompt_tokens: int
 
-    def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.chain)
+    def __init__(
+        self,
+        request_id: str,
+        chain: Chain,
+        max_new_tokens: int,
+        priority: int = 0,
+        tenant: str = "",
+        *,
+        wants_prompt_logits: bool = False,
+        checkpoints: tuple[int, ...] = (),
+    ) -> None:
+        self.request_id = request_id
+        self.chain = chain
+        self.max_new_tokens = max_new_tokens
+        self.priority = priority
+        self.tenant = tenant
+        self.order = 0
+        self.wants_prompt_logits = wants_prompt_logits
+        self.checkpoints = checkpoints
+        self.short = True
+        self.status = SequenceStatus.WAITING
+        self.lease = None
+        self.num_computed = 0
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+        self.finish_reason = None
+        self.waits = []
+        self.lookup = None
+        self.load_decision = NOTHING_BELOW
+        self.admission = None
+        self.prompt_tokens = len(chain)
 
     @property
     def num_generated(self) -> int:
@@ -209,7 +238,7 @@ class PrefillChunk(NamedTuple):
         return self.stop == len(self.sequence.chain)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class StepPlan:
     """What the engine computes next. `copies` come before everything else.
 
@@ -219,12 +248,20 @@ class StepPlan:
     lookups: what the driver is to find out from lower tiers meanwhile.
     """
 
-    decodes: list[Sequence] = field(default_factory=list)
-    prefills: list[PrefillChunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-    lookups: list[PendingLookup] = field(default_factory=list)
+    decodes: list[Sequence]
+    prefills: list[PrefillChunk]
+    admitted: list[Sequence]
+    preempted: list[Sequence]
+    loads: list[Load]
+    lookups: list[PendingLookup]
+
+    def __init__(self) -> None:
+        self.decodes = []
+        self.prefills = []
+        self.admitted = []
+        self.preempted = []
+        self.loads = []
+        self.lookups = []
 
     @property
     def copies(self) -> list[BlockCopy]:

@@ -127,12 +127,16 @@ def line_of(sequence: Sequence) -> Line:
     return Line(sequence.tenant, sequence.short)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class _Waiting:
     """heap: by `Sequence.rank`. refused: when the first one was found not to fit, as (generation, blocks free then)."""
 
-    heap: list[tuple[int, int, Sequence]] = field(default_factory=list)
-    refused: tuple[int, int] | None = None
+    heap: list[tuple[int, int, Sequence]]
+    refused: tuple[int, int] | None
+
+    def __init__(self) -> None:
+        self.heap = []
+        self.refused = None
 
 
 class WaitingQueue:

@@ -127,12 +127,14 @@ def root_of(config: SimulationConfig, block_size: int) -> RootOf:
     """The parent hash of each request's first block: chains with different salts share nothing, as in the server."""
 
     root = root_hash("simulated", block_size)
+    if not config.salted:
+        return lambda request: root
 
     @cache
     def of_salt(salt: bytes) -> BlockHash:
         return salted(root, salt)
 
-    return lambda request: of_salt(request.client_id.encode() if config.salted else b"")
+    return lambda request: of_salt(request.client_id.encode())
 
 
 def recompute_cost(model: ModelSpec, block_size: int) -> BlockCost:

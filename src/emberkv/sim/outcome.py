@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, TextIO
+from typing import Final, NamedTuple, TextIO
 
 from emberkv.core.hashing import BlockHash
 from emberkv.sim.timing import NANOSECONDS
@@ -53,7 +53,7 @@ def cache_event(turn: TurnKind, prompt_tokens: int, cached_tokens: int) -> Cache
     return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT if turn is TurnKind.UNEXPECTED else CacheEvent.MISS_FULL
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class RequestOutcome:
     """What became of a request. Times are in nanoseconds; None for what did not happen, or where nothing times it.
 
@@ -72,17 +72,49 @@ class RequestOutcome:
     request: Request
     status: Status
     arrival: int
-    first_token: int | None = None
-    completion: int | None = None
-    output_tokens: int = 0
-    turn: TurnKind = TurnKind.FIRST
-    event: CacheEvent | None = None
-    cached_tokens: int = 0
-    prefilled_tokens: int = 0
-    tier_tokens: Mapping[str, int] = field(default_factory=dict)
-    replica: int | None = None
-    preemptions: int = 0
-    retries: int = 0
+    first_token: int | None
+    completion: int | None
+    output_tokens: int
+    turn: TurnKind
+    event: CacheEvent | None
+    cached_tokens: int
+    prefilled_tokens: int
+    tier_tokens: Mapping[str, int]
+    replica: int | None
+    preemptions: int
+    retries: int
+
+    def __init__(
+        self,
+        request: Request,
+        status: Status,
+        arrival: int,
+        first_token: int | None = None,
+        completion: int | None = None,
+        output_tokens: int = 0,
+        turn: TurnKind = TurnKind.FIRST,
+        event: CacheEvent | None = None,
+        cached_tokens: int = 0,
+        prefilled_tokens: int = 0,
+        tier_tokens: Mapping[str, int] | None = None,
+        replica: int | None = None,
+        preemptions: int = 0,
+        retries: int = 0,
+    ) -> None:
+        self.request = request
+        self.status = status
+        self.arrival = arrival
+        self.first_token = first_token
+        self.completion = completion
+        self.output_tokens = output_tokens
+        self.turn = turn
+        self.event = event
+        self.cached_tokens = cached_tokens
+        self.prefilled_tokens = prefilled_tokens
+        self.tier_tokens = {} if tier_tokens is None else tier_tokens
+        self.replica = replica
+        self.preemptions = preemptions
+        self.retries = retries
 
 
 class _LastTurn(NamedTuple):
@@ -187,15 +219,15 @@ class CsvRows:
             ttft_ms(outcome.arrival, outcome.first_token),
             tpot_ms(outcome.first_token, outcome.completion, outcome.output_tokens),
             e2e_ms(outcome.arrival, outcome.completion),
-            str(outcome.turn is not TurnKind.FIRST).lower(), outcome.event,
+            "false" if outcome.turn is TurnKind.FIRST else "true", outcome.event,
             outcome.cached_tokens, outcome.prefilled_tokens, outcome.replica, outcome.preemptions,
-            outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self._tiers),
+            outcome.retries, *[outcome.tier_tokens.get(tier, 0) for tier in self._tiers],
         ])  # fmt: skip
 
 
-STATUSES = tuple(Status)
-EVENTS = tuple(CacheEvent)
-NONE = -1
+STATUSES: Final = tuple(Status)
+EVENTS: Final = tuple(CacheEvent)
+NONE: Final = -1
 
 
 class Row(NamedTuple):
@@ -277,7 +309,7 @@ class Rows:
             outcome.request.prompt_tokens, outcome.output_tokens, STATUSES.index(outcome.status),
             outcome.turn is not TurnKind.FIRST, NONE if outcome.event is None else EVENTS.index(outcome.event),
             outcome.cached_tokens, outcome.prefilled_tokens, NONE if outcome.replica is None else outcome.replica,
-            outcome.preemptions, outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self.tiers),
+            outcome.preemptions, outcome.retries, *[outcome.tier_tokens.get(tier, 0) for tier in self.tiers],
         ))  # fmt: skip
         if self.keep_ids:
             self.ids.append(outcome.request.request_id)
@@ -294,6 +326,14 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
+
+    def served(self) -> Iterator[tuple[int, int | None, bool]]:
+        """Arrival, first token and `Row.conversational` of each request that was not rejected."""
+        statuses, turns = self._small[2 :: self._width], self._small[3 :: self._width]
+        rejected = STATUSES.index(Status.REJECTED)
+        for arrival, first_token, status, turn in zip(self._arrival, self._first_token, statuses, turns, strict=True):
+            if status != rejected:
+                yield arrival, _optional(first_token), bool(turn)
 
 
 def _optional(value: int) -> int | None:

@@ -115,8 +115,13 @@ class Formulas:
         chain = ReferenceChain(ROOT, [b""] * (stop - 1), 1)
         sequence = Sequence("planned", chain, 1)
         cuts = [*range(start, stop, self._step_tokens), stop]
-        plans = [StepPlan(prefills=[PrefillChunk(sequence, first, last)]) for first, last in pairwise(cuts)]
-        return fsum(self._machine.timer.step_seconds(plan) for plan in plans)
+        return fsum(self._step_seconds(PrefillChunk(sequence, first, last)) for first, last in pairwise(cuts))
+
+    def _step_seconds(self, chunk: PrefillChunk) -> float:
+        """Of a step that computes nothing else."""
+        plan = StepPlan()
+        plan.prefills.append(chunk)
+        return self._machine.timer.step_seconds(plan)
 
     @property
     def prefill_token(self) -> float:

@@ -27,7 +27,7 @@ MEASURED_TOKENS = 2048
 """Prompt tokens whose expected time gives a replica's measured rate."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class SimulatedRequest:
     """One request from its arrival to its outcome, over all its attempts.
 
@@ -47,24 +47,34 @@ class SimulatedRequest:
     request: Request
     arrival: int
     chain: ContentChain
-    turn: TurnKind = TurnKind.FIRST
-    sequence: SchedulerSequence | None = None
-    first_token: int | None = None
-    prefilled_tokens: int = 0
-    replica: int | None = None
-    retries: int = 0
-    tenant: str = ""
-    queued_tokens: int = 0
+    tenant: str
+    turn: TurnKind
+    sequence: SchedulerSequence | None
+    first_token: int | None
+    prefilled_tokens: int
+    replica: int | None
+    retries: int
+    queued_tokens: int
+    max_new_tokens: int
+    ends_early: bool
+    last_length: int
 
-    max_new_tokens: int = field(init=False)
-    ends_early: bool = field(init=False)
-    last_length: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        prompt, output = self.request.prompt_tokens, self.request.output_tokens
-        self.max_new_tokens = max(1, self.request.max_output_tokens)
+    def __init__(self, request: Request, arrival: int, chain: ContentChain, tenant: str = "") -> None:
+        self.request = request
+        self.arrival = arrival
+        self.chain = chain
+        self.tenant = tenant
+        self.turn = TurnKind.FIRST
+        self.sequence = None
+        self.first_token = None
+        self.prefilled_tokens = 0
+        self.replica = None
+        self.retries = 0
+        self.queued_tokens = 0
+        output = request.output_tokens
+        self.max_new_tokens = max(1, request.max_output_tokens)
         self.ends_early = output < self.max_new_tokens
-        self.last_length = prompt + (output if self.ends_early else self.max_new_tokens - 1)
+        self.last_length = request.prompt_tokens + (output if self.ends_early else self.max_new_tokens - 1)
 
     def attempt(self) -> SchedulerSequence:
         """The sequence of the first attempt, or of another one after a replica was lost."""
@@ -309,20 +319,19 @@ class Replica:
     def _step_of(self, plan: StepPlan, now: int) -> Step:
         if plan.prefills:
             return Step(plan, now, self.clock.step(plan))
-        lengths = [len(sequence.chain) for sequence in plan.decodes]
-        count, context = self._steps_together(plan, lengths), sum(lengths)
+        decodes, count = len(plan.decodes), self._steps_together(plan)
+        context = sum([len(sequence.chain) for sequence in plan.decodes])
         if count == 1:
-            return Step(plan, now, self.clock.decode(len(lengths), context))
-        run = self.clock.run(len(lengths), context, count)
+            return Step(plan, now, self.clock.decode(decodes, context))
+        run = self.clock.run(decodes, context, count)
         return Step(plan, now, run.duration, count, run)
 
-    def _steps_together(self, plan: StepPlan, lengths: Sequence[int]) -> int:
+    def _steps_together(self, plan: StepPlan) -> int:
         """How many times in a row ``plan`` is computed: until it would be another one, or an answer ends."""
         if not self.together:
             return 1
         requests = self._requests
-        pairs = zip(plan.decodes, lengths, strict=True)
-        left = min([requests[sequence.request_id].last_length - length for sequence, length in pairs])
+        left = min([requests[each.request_id].last_length - len(each.chain) for each in plan.decodes])
         within_blocks = self.followed or self.lower is not None
         return self.scheduler.steady_steps(plan, 1 + left, within_blocks=within_blocks)
 

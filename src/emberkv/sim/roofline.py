@@ -94,7 +94,11 @@ class Roofline:
         self.tensor_parallel = tensor_parallel
         self._one_pass = hardware.passes == "one"
         self._last_wanted = hardware.last_layer == "wanted"
-        self._overheads = hardware.overheads_us
+        self._overheads = overheads = hardware.overheads_us
+        self._step_overhead = overheads.step * MICROSECOND
+        self._sequence_overhead = overheads.sequence * MICROSECOND
+        self._chunk_overhead = overheads.chunk * MICROSECOND
+        self._token_overhead = overheads.token * MICROSECOND
         self._bandwidth = hardware.bytes_per_second
         self._flops = hardware.flops(model.weights_dtype if model.weights_dtype == "fp8" else model.base_dtype)
         self._attention_flops = hardware.flops(model.base_dtype)
@@ -146,8 +150,8 @@ class Roofline:
 
     def terms_of(self, work: StepWork) -> StepTerms:
         sequences, context, chunks = work
-        terms = StepTerms(step_overhead=self._overheads.step * MICROSECOND)
-        terms.sequence_overhead = self._overheads.sequence * MICROSECOND * sequences
+        terms = StepTerms(self._step_overhead)
+        terms.sequence_overhead = self._sequence_overhead * sequences
         groups = self._groups(sequences)
         terms.decode_attention = self._decode_attention(-(-sequences // groups), -(-context // groups))
         rows, sampled, attended = sequences, sequences, -(-sequences // groups)
@@ -156,8 +160,8 @@ class Roofline:
             tokens = stop - start
             terms.prefill_attention += self._prefill_attention(start, stop, samples) / at_once
             attended += -(-tokens // at_once) if self._one_pass else 0
-            terms.sequence_overhead += self._overheads.chunk * MICROSECOND
-            terms.token_overhead += self._overheads.token * MICROSECOND * tokens
+            terms.sequence_overhead += self._chunk_overhead
+            terms.token_overhead += self._token_overhead * tokens
             if self._one_pass:
                 rows += tokens
                 sampled += samples

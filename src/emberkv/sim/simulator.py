@@ -7,6 +7,7 @@ from functools import partial
 from heapq import heappop, heappush
 from itertools import cycle
 from random import Random
+from typing import Final
 
 from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.routing import Router, RoutingRequest
@@ -22,7 +23,7 @@ from emberkv.workload.source import Source
 
 Action = Callable[[], None]
 
-_LAST_NANOSECOND = round(MOST_SECONDS * 1e9)
+_LAST_NANOSECOND: Final = round(MOST_SECONDS * 1e9)
 
 
 class EventKind(IntEnum):

@@ -91,7 +91,6 @@ class PerformanceStats:
         }
 
 
-@dataclass(slots=True)
 class TargetAttainment:
     """How many requests kept each target, and all that were given. A latency that a request does not have is kept.
 
@@ -102,26 +101,30 @@ class TargetAttainment:
     0.0
     """
 
-    targets: Targets
-    kept: Counter[str] = field(default_factory=Counter)
+    __slots__ = ("_given", "_kept")
+
+    def __init__(self, targets: Targets) -> None:
+        self._given: dict[str, float] = {name: target for name, target in targets if target is not None}
+        self._kept = Counter[str]()
 
     def add(self, row: Row) -> None:
         all_kept = True
-        for name, target in self.targets:
-            if target is not None:
-                value = getattr(row, name)
-                attained = value is None or value <= target
-                self.kept[name] += attained
-                all_kept = all_kept and attained
-        self.kept["all"] += all_kept
+        for name, target in self._given.items():
+            value = getattr(row, name)
+            attained = value is None or value <= target
+            self._kept[name] += attained
+            all_kept = all_kept and attained
+        self._kept["all"] += all_kept
 
     def as_dict(self, wanted: int) -> dict[str, Any] | None:
         """Shares of ``wanted`` requests, those that could be served; None without targets."""
-        given = {name: target for name, target in self.targets if target is not None}
+        given = self._given
         if not given:
             return None
-        found = {name: {"target": target, "attained": ratio(self.kept[name], wanted)} for name, target in given.items()}
-        return {**found, "all": ratio(self.kept["all"], wanted)}
+        found = {
+            name: {"target": target, "attained": ratio(self._kept[name], wanted)} for name, target in given.items()
+        }
+        return {**found, "all": ratio(self._kept["all"], wanted)}
 
 
 FEWEST_WAITING = 10
@@ -162,17 +165,16 @@ class OfferedLoad:
         return f"This set-up serves {rates}: the queue grows without end; {least}."
 
 
-def load_of(rows: Iterable[Row], replicas: int) -> OfferedLoad | None:
+def load_of(rows: Rows, replicas: int) -> OfferedLoad | None:
     """The load of a simulation's rows; None where all requests arrive at once, or none could be served.
 
     Follow-ups wait for answers, so the time that counts ends with the last request that begins a conversation.
     """
-    served = [row for row in rows if row.status is not Status.REJECTED]
-    begun = [row.arrival for row in served if not row.conversational]
+    begun = [arrival for arrival, _, conversational in rows.served() if not conversational]
     if not begun or max(begun) == min(begun):
         return None
     first, last = min(begun), max(begun)
-    arrived = [row for row in served if row.arrival <= last]
+    arrived = [(arrival, first_token) for arrival, first_token, _ in rows.served() if arrival <= last]
     waiting = [_waiting(arrived, at) for at in ((first + last) // 2, last)]
     seconds = (last - first) / NANOSECONDS
     started = len(arrived) - waiting[1]
@@ -182,8 +184,9 @@ def load_of(rows: Iterable[Row], replicas: int) -> OfferedLoad | None:
     return OfferedLoad(len(arrived) / seconds, started / seconds, waiting[1], grows, least)
 
 
-def _waiting(rows: Iterable[Row], at: int) -> int:
-    return sum(row.arrival <= at and (row.first_token is None or row.first_token > at) for row in rows)
+def _waiting(requests: Iterable[tuple[int, int | None]], at: int) -> int:
+    """How many of them wait at a time; each is given by its arrival and its first token."""
+    return sum(arrival <= at and (first is None or first > at) for arrival, first in requests)
 
 
 def rejected_sentence(rejected: int, total: int) -> str:
@@ -204,25 +207,31 @@ def summarize(
 
     blocks_of: tokens of a block, to count hits in blocks too. It takes one pass over the rows.
     """
-    statuses, ends = Counter[Status](), Counter[str]()
+    statuses, tiers = Counter[Status](), Counter[str]()
+    preemptions = retries = 0
     caching, pace, blocks, attained = (
         CacheTotals(),
         PerformanceStats(),
         Blocks(blocks_of or 1),
         TargetAttainment(slo or Targets()),
     )
-    tiers = Counter[str]()
     replicas: dict[int, CacheTotals] = {}
     for row in rows:
         statuses[row.status] += 1
-        ends.update(preemptions=row.preemptions, retries=row.retries)
+        preemptions += row.preemptions
+        retries += row.retries
         if row.status is not Status.COMPLETED:
             continue
-        for part in (caching, pace, blocks, attained):
-            part.add(row)
-        tiers.update(dict(zip(rows.tiers, row.tier_tokens, strict=True)))
+        caching.add(row)
+        pace.add(row)
+        blocks.add(row)
+        attained.add(row)
+        for name, tokens in zip(rows.tiers, row.tier_tokens, strict=True):
+            tiers[name] += tokens
         if row.replica is not None:
-            replicas.setdefault(row.replica, CacheTotals()).add(row)
+            if row.replica not in replicas:
+                replicas[row.replica] = CacheTotals()
+            replicas[row.replica].add(row)
     summary = {
         "requests": {"total": len(rows), **{status.value: statuses[status] for status in Status}},
         **pace.as_dict(),
@@ -231,8 +240,8 @@ def summarize(
         "prefix_caching": caching.as_dict(),
         "tiers": caching.by_tier({name: tiers[name] for name in rows.tiers}),
         "replicas": [{"replica": index, **part.totals()} for index, part in sorted(replicas.items())],
-        "preemptions": ends["preemptions"],
-        "retries": ends["retries"],
+        "preemptions": preemptions,
+        "retries": retries,
     }
     if blocks_of is not None:
         summary["blocks"] = blocks.as_dict()

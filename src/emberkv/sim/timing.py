@@ -4,14 +4,14 @@ Virtual time is counted in whole nanoseconds, so that a run of steps takes exact
 """
 
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from emberkv.core.scheduler import StepPlan
 from emberkv.errors import ConfigError
 from emberkv.workload.bounds import MOST_SECONDS
 
-NANOSECONDS = 1_000_000_000
-CONTEXT_BUCKET = 256
+NANOSECONDS: Final = 1_000_000_000
+CONTEXT_BUCKET: Final = 256
 """Tokens of context within which steps that only decode are taken to last alike."""
 
 
@@ -48,25 +48,38 @@ class StepWork(NamedTuple):
     chunks: tuple[ChunkWork, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class StepTerms:
     """Seconds of a step by what they are spent on; the step takes their sum.
 
-    >>> terms = StepTerms(gemm=0.004, decode_attention=0.001)
+    >>> terms = StepTerms(step_overhead=0.001)
+    >>> terms.gemm = 0.004
     >>> terms.total, terms.as_dict()["logits"]
     (0.005, 0.0)
     """
 
-    gemm: float = 0.0
-    elementwise: float = 0.0
-    decode_attention: float = 0.0
-    prefill_attention: float = 0.0
-    logits: float = 0.0
-    all_reduce: float = 0.0
-    layer_overhead: float = 0.0
-    sequence_overhead: float = 0.0
-    token_overhead: float = 0.0
-    step_overhead: float = 0.0
+    gemm: float
+    elementwise: float
+    decode_attention: float
+    prefill_attention: float
+    logits: float
+    all_reduce: float
+    layer_overhead: float
+    sequence_overhead: float
+    token_overhead: float
+    step_overhead: float
+
+    def __init__(self, step_overhead: float) -> None:
+        self.gemm = 0.0
+        self.elementwise = 0.0
+        self.decode_attention = 0.0
+        self.prefill_attention = 0.0
+        self.logits = 0.0
+        self.all_reduce = 0.0
+        self.layer_overhead = 0.0
+        self.sequence_overhead = 0.0
+        self.token_overhead = 0.0
+        self.step_overhead = step_overhead
 
     @property
     def total(self) -> float:
@@ -142,7 +155,7 @@ class StepClock:
         return SteadyRun(self, sequences, context, steps)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class SteadyRun:
     """Steps that only decode, one after the other, with nothing happening in between.
 
@@ -159,6 +172,12 @@ class SteadyRun:
     sequences: int
     context: int
     steps: int
+
+    def __init__(self, clock: StepClock, sequences: int, context: int, steps: int) -> None:
+        self.clock = clock
+        self.sequences = sequences
+        self.context = context
+        self.steps = steps
 
     @property
     def duration(self) -> int:
@@ -186,7 +205,7 @@ class SteadyRun:
         return done, duration
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Step:
     """A step under way from ``began`` for ``duration`` nanoseconds, or ``count`` equal ones in a row, which are
     ``run``. done: those of them that are accounted for.
@@ -199,9 +218,17 @@ class Step:
     plan: StepPlan
     began: int
     duration: int
-    count: int = 1
-    run: SteadyRun | None = None
-    done: int = 0
+    count: int
+    run: SteadyRun | None
+    done: int
+
+    def __init__(self, plan: StepPlan, began: int, duration: int, count: int = 1, run: SteadyRun | None = None) -> None:
+        self.plan = plan
+        self.began = began
+        self.duration = duration
+        self.count = count
+        self.run = run
+        self.done = 0
 
     @property
     def ends(self) -> int:

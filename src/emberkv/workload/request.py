@@ -128,7 +128,7 @@ class After(NamedTuple):
 
 
 # not frozen, which would make one take several times as long to create; nothing changes one
-@dataclass(slots=True, kw_only=True, unsafe_hash=True)
+@dataclass(slots=True, init=False, unsafe_hash=True)
 class Request:
     """One request. arrival_time: seconds from the workload's start.
 
@@ -155,11 +155,38 @@ class Request:
     output_tokens: int
     max_output_tokens: int
     content: Content
-    block_size: int | None = None
-    client_id: str = ""
-    session_id: str = ""
-    turn: int = 0
-    after: After | None = None
+    block_size: int | None
+    client_id: str
+    session_id: str
+    turn: int
+    after: After | None
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        arrival_time: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        max_output_tokens: int,
+        content: Content,
+        block_size: int | None = None,
+        client_id: str = "",
+        session_id: str = "",
+        turn: int = 0,
+        after: After | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.arrival_time = arrival_time
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.max_output_tokens = max_output_tokens
+        self.content = content
+        self.block_size = block_size
+        self.client_id = client_id
+        self.session_id = session_id
+        self.turn = turn
+        self.after = after
 
     def full_content(self) -> Content:
         """Prompt and answer, to the last token."""
