@@ -7,6 +7,7 @@ import pytest
 from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.active_requests import ActiveRequests
 from emberkv.engine.commands import Statistics
 from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
@@ -374,7 +375,7 @@ def test_a_crash_of_the_loop_itself_ends_all_and_is_reported(monkeypatch: pytest
     def fail(*_: object) -> None:
         raise crash
 
-    monkeypatch.setattr(harness.scheduler, "complete", fail)
+    monkeypatch.setattr(ActiveRequests, "deliver", fail)
     inboxes = [harness.submit("one", VICTIM, new=5), harness.submit("other", OTHER, new=30)]
     with running(harness):
         assert [inbox.reason for inbox in inboxes] == [FinishReason.ABORT] * 2
