@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.attention_interface import own_implementation
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels
@@ -37,20 +38,28 @@ class Served:
 
     arch: str
     loaded: LoadedModel
-    warm: Driver
+    executor: TorchEngine
     kernels: Kernels
 
+    def warm(self) -> Driver:
+        """A driver of the engine, which has cached nothing yet. What another one has cached is overwritten."""
+        return Driver(self.loaded, kernels=self.kernels, max_step_tokens=24, executor=self.executor)
+
     def cold(self) -> Driver:
-        """The same engine without a cache. What the warm one has cached is overwritten."""
-        return Driver(self.loaded, kernels=self.kernels, prefix_cache=False, executor=self.warm.executor)
+        """The same without a cache."""
+        return Driver(self.loaded, kernels=self.kernels, prefix_cache=False, executor=self.executor)
 
 
 @pytest.fixture(scope="module")
 def served(request: pytest.FixtureRequest, paged: ModelFactory, kernels: Kernels) -> Served:
-    """Of an architecture and type, for all tests of it, which run one after the other."""
+    """Of an architecture and type, for all tests of it, which run one after the other.
+
+    An architecture's types follow one another, as they do in the first test's parameters. So what a config describes is
+    inspected once.
+    """
     arch, dtype = request.param
     loaded = paged(arch, dtype)
-    return Served(arch, loaded, Driver(loaded, kernels=kernels, max_step_tokens=24), kernels)
+    return Served(arch, loaded, Driver(loaded, kernels=kernels).executor, kernels)
 
 
 def text(rng: random.Random, length: int) -> list[int]:
@@ -89,15 +98,10 @@ def assert_logits_are_transformers(own_logits: OwnLogits, arch: str, driver: Dri
     torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("served", FLOAT32, indirect=True, ids="-".join)
-def test_with_the_kernels_logits_are_those_of_transformers(served: Served, own_logits: OwnLogits) -> None:
-    assert_logits_are_transformers(own_logits, served.arch, served.warm)
-
-
 @pytest.mark.parametrize("served", COMBINATIONS, indirect=True, ids="-".join)
 def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: Served) -> None:
     """In the middle of a prompt, in what decode steps have computed, and among other sequences of the same step."""
-    rng, warm, arch = random.Random(served.arch), served.warm, served.arch
+    rng, warm, arch = random.Random(served.arch), served.warm(), served.arch
     assert warm.executor.batch_invariant is (arch not in BY_CHUNKS)
     assert warm.cache.hit_unit == (CHUNK if arch in BY_CHUNKS else BLOCK if arch in BY_BLOCKS else 1)
     stem = text(rng, 2 * CHUNK + 3)
@@ -114,6 +118,11 @@ def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: 
         if warm.executor.batch_invariant:
             assert all(map(torch.equal, run.logits, alone.logits))
     assert warm.mixed_steps > mixed_before
+
+
+@pytest.mark.parametrize("served", FLOAT32, indirect=True, ids="-".join)
+def test_with_the_kernels_logits_are_those_of_transformers(served: Served, own_logits: OwnLogits) -> None:
+    assert_logits_are_transformers(own_logits, served.arch, served.warm())
 
 
 @pytest.mark.parametrize("arch", [*(arch for arch in OF_EACH_KIND if arch in BY_BLOCKS), "lfm3", "zamba2"])
