@@ -22,7 +22,7 @@ MODULES = {
 
 
 def docstrings(source: str) -> Iterator[tuple[str, int]]:
-    """Each with its line. They are read from the source, because compiled modules are without those of functions."""
+    """Each with its line. They are read from the source, because compiled modules have none."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
