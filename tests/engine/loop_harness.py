@@ -4,7 +4,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -63,7 +62,10 @@ class FakeExecutor(TinyExecutor):
         self.on_step(plan, self.steps - 1)
         for chunk in plan.prefills:
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
-        return super().execute(replace(plan, prefills=[each._replace(copy=None) for each in plan.prefills]), sampling)
+        without_copies = StepPlan()
+        without_copies.decodes = plan.decodes
+        without_copies.prefills = [each._replace(copy=None) for each in plan.prefills]
+        return super().execute(without_copies, sampling)
 
     def compute(self, sequence: Sequence, start: int, stop: int) -> NDArray[np.float32]:
         logits = np.zeros((stop - start, VOCAB), dtype=np.float32)
