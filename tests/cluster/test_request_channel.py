@@ -1,6 +1,7 @@
 """Requests and outputs over one connection: which belong together, and what of them ends with what."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -15,7 +16,8 @@ from emberkv.cluster.worker_client import WorkerClient
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, OutputListener, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import RequestError, WireError, WorkerLostError
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.app import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, ServerPhase
 from emberkv.serving.server import ConnectionLimits
 from tests.serving.fakes import ByteTokenizer, FakeEngine
 from tests.serving.harness import serving
@@ -54,6 +56,7 @@ class Gateway:
     def __init__(self) -> None:
         self.messages: list[list[tuple[int, tuple[int, ...] | str]]] = []
         self.ends: list[bool] = []
+        self.heartbeats = 0
         self._sent: asyncio.Queue[Message] = asyncio.Queue()
         self._frames = wire.FrameReader()
 
@@ -77,9 +80,11 @@ class Gateway:
         if message["type"] == "http.response.start":
             return
         self.ends.append(not message["more_body"])
-        names = dict.fromkeys(range(10), "r")
+        self.heartbeats += message["body"] == wire.HEARTBEAT
         for data in self._frames.feed(message["body"]):
-            self.messages.append([(number, _shown(each)) for number, each in wire.decode_outputs(data, names)])
+            self.messages.append(
+                [(number, _shown(wire.decode_outcome(each, "r"))) for number, each in wire.decode_outcomes(data)]
+            )
 
     @property
     def outputs(self) -> list[tuple[int, tuple[int, ...] | str]]:
@@ -237,30 +242,61 @@ async def test_a_server_that_ends_interrupts_what_it_cannot_finish_and_ends_the_
 
 @on_a_loop
 async def test_outputs_that_are_too_large_together_are_sent_apart_and_one_that_is_too_large_alone_ends() -> None:
-    worker = Worker(message_bytes=250)
+    worker = Worker(output_bytes=1_000_000)
     async with worker.channel() as gateway:
-        for number, request_id in enumerate("abc"):
+        for number, request_id in enumerate("abcd"):
             gateway.submit(number, request_id)
-        await worker.submitted("a", "b", "c")
-        for request_id, size in (("a", 10), ("b", 1000), ("c", 30)):
-            worker.engine.say(request_id, *([100_000] * size))
-        await until(lambda: len(gateway.outputs) == 3)
-        assert gateway.outputs == [(0, (100_000,) * 10), (1, "RequestError"), (2, (100_000,) * 30)]
-        assert len(gateway.messages) == 3
-        await until(lambda: worker.lifecycle.tracked == 2)
+        await worker.submitted("a", "b", "c", "d")
+        for request_id, size in (("a", 150_000), ("b", 250_000), ("c", 100_000), ("d", 1)):
+            worker.engine.say(request_id, *([100_000] * size))  # of five bytes each
+        await until(lambda: len(gateway.outputs) == 4)
+        sizes = [[(number, len(each)) for number, each in together] for together in gateway.messages]
+        assert sizes == [[(0, 150_000), (1, len("RequestError")), (2, 100_000)], [(3, 1)]]
+        await until(lambda: worker.lifecycle.tracked == 3)
         assert worker.engine.aborted == ["b"]
+
+
+@on_a_loop
+async def test_an_output_that_cannot_be_written_ends_its_request_alone() -> None:
+    worker = Worker()
+    async with worker.channel() as gateway:
+        gateway.submit(0, "a")
+        gateway.submit(1, "b")
+        await worker.submitted("a", "b")
+        worker.engine.listeners["a"](TokenOutput("a", error="\udcff"))
+        worker.engine.say("b", 5)
+        await until(lambda: len(gateway.outputs) == 2)
+        assert gateway.outputs == [(0, "GenerationFailedError"), (1, (5,))]
+        assert worker.engine.aborted == ["a"]
+
+
+@on_a_loop
+async def test_an_idle_channel_has_signs_of_life_and_a_draining_worker_takes_no_request() -> None:
+    worker = Worker()
+    async with worker.channel() as gateway:
+        await until(lambda: gateway.heartbeats)
+        gateway.submit(0, "a")
+        await worker.submitted("a")
+        draining = asyncio.create_task(worker.lifecycle.drain(60))
+        await until(lambda: worker.lifecycle.phase is ServerPhase.DRAINING)
+        gateway.submit(1, "b")
+        await until(lambda: gateway.outputs)
+        assert gateway.outputs == [(1, "NotReadyError")]
+        worker.engine.say("a", 5, ends=True)
+        await draining
+        assert gateway.outputs == [(1, "NotReadyError"), (0, (5,))]
 
 
 REQUEST = GenerationRequest("a", [1, 2], SamplingParams(max_tokens=4))
 
 
-def outputs_of(*outputs: tuple[int, TokenOutput | wire.Failure]) -> bytes:
-    return wire.encode_outputs(outputs)
+def message(*outcomes: tuple[int, TokenOutput]) -> bytes:
+    return wire.encode_outcomes([(number, wire.encode_outcome(each)) for number, each in outcomes])
 
 
 @on_a_loop
 async def test_each_request_gets_its_own_outcomes_and_then_the_error_of_the_connection() -> None:
-    channel = RequestChannel()
+    channel = RequestChannel(time.monotonic)
     taken: dict[str, list[object]] = {"a": [], "b": []}
 
     async def ask(request_id: str) -> None:
@@ -272,20 +308,20 @@ async def test_each_request_gets_its_own_outcomes_and_then_the_error_of_the_conn
     asking = [asyncio.create_task(ask(each)) for each in taken]
     await asyncio.sleep(0)
     last = TokenOutput("", (8,), finish_reason=FinishReason.LENGTH)
-    channel.take(outputs_of((1, TokenOutput("", (7,))), (0, TokenOutput("", (6,))), (9, last)))
-    channel.take(outputs_of((1, last)))
+    channel.receive(message((1, TokenOutput("", (7,))), (0, TokenOutput("", (6,))), (9, last)))
+    channel.receive(message((1, last)))
     channel.end(WorkerLostError("it is gone"))
     first, second = await asyncio.gather(*asking, return_exceptions=True)
     assert (second, taken) == (None, {"a": ["a", 6], "b": ["b", 7, "b", 8]})
     assert isinstance(first, WorkerLostError)
     with pytest.raises(WireError):
-        channel.take(b"\xc1")
+        channel.receive(b"\xc1")
 
 
 @on_a_loop
 async def test_an_answer_that_is_given_up_is_aborted_and_one_that_has_ended_is_not() -> None:
-    channel = RequestChannel()
-    sent, frames = channel.sent(), wire.FrameReader()
+    channel = RequestChannel(time.monotonic)
+    sent, frames = channel.frames(), wire.FrameReader()
     assert await anext(sent) == wire.HEARTBEAT  # so that the request's headers are sent
     finished, given_up = channel.outcomes(REQUEST), channel.outcomes(REQUEST)
     async with aclosing(finished), aclosing(given_up):
@@ -294,9 +330,23 @@ async def test_an_answer_that_is_given_up_is_aborted_and_one_that_has_ended_is_n
         submits = [wire.decode_channel(each) for each in frames.feed(await anext(sent))]
         assert [(type(each), each.number) for each in submits] == [(wire.Submit, 0), (wire.Submit, 1)]
         end = TokenOutput("", (8,), finish_reason=FinishReason.LENGTH)
-        channel.take(outputs_of((0, end), (1, TokenOutput("", (7,)))))
+        channel.receive(message((0, end), (1, TokenOutput("", (7,)))))
         await asyncio.gather(*asking)
     assert [wire.decode_channel(each) for each in frames.feed(await anext(sent))] == [wire.Abort(1)]
+
+
+@on_a_loop
+async def test_a_request_that_is_given_up_before_it_is_sent_is_not_sent() -> None:
+    channel = RequestChannel(time.monotonic)
+    sent, frames = channel.frames(), wire.FrameReader()
+    await anext(sent)
+    asking = [asyncio.create_task(anext(channel.outcomes(REQUEST))) for _ in range(2)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    await asyncio.wait(asking[:1])
+    submits = [wire.decode_channel(each) for each in frames.feed(await anext(sent))]
+    assert [(type(each), each.number) for each in submits] == [(wire.Submit, 1)]
+    asking[1].cancel()
 
 
 @on_a_loop
@@ -305,7 +355,8 @@ async def test_a_channel_lasts_longer_than_a_body_may_take_and_serves_all_reques
     engine, lifecycle, loop = FakeEngine(), Lifecycle(), asyncio.get_running_loop()
     lifecycle.loaded(ServedModel(("m",), 0, engine, ByteTokenizer()))
     routes = worker_routes("w", "secret")
-    with serving(lifecycle, limits=limits, routers=[routes]) as server:
+    settings = ServingSettings(max_body_bytes=300)
+    with serving(lifecycle, settings, limits=limits, routers=[routes]) as server:
         async with WorkerClient(server.url, "secret") as client:
             began, asked = loop.time(), 0
 
@@ -323,4 +374,4 @@ async def test_a_channel_lasts_longer_than_a_body_may_take_and_serves_all_reques
             assert connections == set(server.server_state.connections)
             assert len(connections) == 1
     engine.stop()
-    assert len(engine.submitted) == asked
+    assert len(engine.submitted) == asked > 5  # together, more bytes than a body may have

@@ -1,5 +1,7 @@
 """What is sent between workers and gateways comes back as it was, and anything else is one error of our own."""
 
+from functools import partial
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -46,17 +48,17 @@ def test_a_request_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_output_comes_back_as_it_was(output: TokenOutput) -> None:
-    assert wire.decode_outputs(wire.encode_outputs([(3, output)]), {3: "a"}) == [(3, output)]
+    ((number, data),) = wire.decode_outcomes(wire.encode_outcomes([(3, wire.encode_outcome(output))]))
+    assert (number, wire.decode_outcome(data, "a")) == (3, output)
 
 
-def test_what_is_said_of_requests_that_are_not_known_any_more_is_left_out() -> None:
-    sent = wire.encode_outputs([(3, wire.Progress(4096, 18_827)), (4, OUTPUTS[0])])
-    assert wire.decode_outputs(sent, {3: "b"}) == [(3, PrefillProgress(4096, 18_827))]
+def test_the_progress_of_a_prompt_comes_back_as_it_was() -> None:
+    assert wire.decode_outcome(wire.encode_outcome(wire.Progress(4096, 18_827)), "a") == PrefillProgress(4096, 18_827)
 
 
 def test_a_token_takes_few_bytes() -> None:
-    outputs = [(number, TokenOutput("a-long-request-id", token_ids=(151_000,))) for number in range(1000, 1016)]
-    assert len(wire.frame(wire.encode_outputs(outputs))) <= 32 * 16
+    output = wire.encode_outcome(TokenOutput("a-long-request-id", token_ids=(151_000,)))
+    assert len(wire.frame(wire.encode_outcomes([(number, output) for number in range(1000, 1016)]))) <= 32 * 16
 
 
 def test_the_stream_of_events_has_cache_messages_and_load_reports() -> None:
@@ -94,13 +96,10 @@ def test_a_prompt_that_is_not_token_ids_is_refused(prompt: object) -> None:
         wire.decode_request(wire.encode({"request_id": "a", "prompt": prompt, "params": {}}))
 
 
-def _decode_outputs(data: bytes) -> object:
-    return wire.decode_outputs(data, dict.fromkeys(range(100), "a"))
-
-
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
-    for read in (wire.decode_request, wire.decode_event, wire.decode_channel, _decode_outputs):
+    outcome = partial(wire.decode_outcome, request_id="a")
+    for read in (wire.decode_request, wire.decode_event, wire.decode_channel, wire.decode_outcomes, outcome):
         try:
             read(data)
         except (WireError, EventWireError, RequestError):

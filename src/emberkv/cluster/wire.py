@@ -3,14 +3,14 @@
 A body is one message. A stream is a sequence of frames: four bytes of length, big-endian, and a message; a frame
 without a message is a heartbeat. docs/cluster.md has the routes.
 
-    frame(encode_outputs([(0, TokenOutput("a", token_ids=(7,)))]))   # bytes
-    FrameReader().feed(data)                                         # the messages of the frames that are complete
+    frame(encode_outcomes([(0, encode_outcome(TokenOutput("a", token_ids=(7,))))]))   # bytes
+    FrameReader().feed(data)   # the messages of the frames that are complete
 """
 
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -222,7 +222,10 @@ class TenantPrompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _encoder = msgspec.msgpack.Encoder()
 _generates = msgspec.msgpack.Decoder(_Generate)
 _channels: "msgspec.msgpack.Decoder[Submit | Abort]" = msgspec.msgpack.Decoder(Submit | Abort)
-_outputs = msgspec.msgpack.Decoder(list[tuple[Count, _Output | Failure | Progress]])
+_outcomes: "msgspec.msgpack.Decoder[_Output | Failure | Progress]" = msgspec.msgpack.Decoder(
+    _Output | Failure | Progress
+)
+_numbered = msgspec.msgpack.Decoder(list[tuple[Count, msgspec.Raw]])
 _events = msgspec.msgpack.Decoder(CacheMessage | LoadReport)
 
 
@@ -236,7 +239,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     return decode_with(msgspec.msgpack.Decoder(kind, dec_hook=_counter), data)
 
 
-def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T:
+def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes | msgspec.Raw) -> T:
     """As `decode`, by a decoder that is made once."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
@@ -315,34 +318,37 @@ def decode_channel(data: bytes) -> Submit | Abort:
     return decode_with(_channels, data)
 
 
-def encode_outputs(outputs: Sequence[tuple[int, TokenOutput | Failure | Progress]]) -> bytes:
-    """Outputs of several requests, each with its request's number in the channel."""
-    return encode([(number, _sent(each) if isinstance(each, TokenOutput) else each) for number, each in outputs])
-
-
-def _sent(output: TokenOutput) -> _Output:
-    """Without its request's id, which the reader knows."""
-    return _Output(
-        output.token_ids,
-        output.finish_reason,
-        output.usage,
-        output.logprobs,
-        output.error,
-        output.queue_seconds,
-        output.prompt_logprobs,
-        output.load_seconds or None,
+def encode_outcome(outcome: TokenOutput | Failure | Progress) -> bytes:
+    """What came of one request, without its id, which the reader knows."""
+    if not isinstance(outcome, TokenOutput):
+        return encode(outcome)
+    return encode(
+        _Output(
+            outcome.token_ids,
+            outcome.finish_reason,
+            outcome.usage,
+            outcome.logprobs,
+            outcome.error,
+            outcome.queue_seconds,
+            outcome.prompt_logprobs,
+            outcome.load_seconds or None,
+        )
     )
 
 
-def decode_outputs(
-    data: bytes, request_ids: Mapping[int, str]
-) -> list[tuple[int, TokenOutput | Failure | PrefillProgress]]:
-    """What a message says of the requests with these numbers; others have been aborted. Raises WireError."""
-    return [
-        (number, _received(each, request_ids[number]))
-        for number, each in decode_with(_outputs, data)
-        if number in request_ids
-    ]
+def decode_outcome(data: bytes | msgspec.Raw, request_id: str) -> TokenOutput | Failure | PrefillProgress:
+    """Raises WireError."""
+    return _received(decode_with(_outcomes, data), request_id)
+
+
+def encode_outcomes(outcomes: Sequence[tuple[int, bytes]]) -> bytes:
+    """A message of a worker's: what `encode_outcome` gave, each with its request's number in the channel."""
+    return encode([(number, msgspec.Raw(data)) for number, data in outcomes])
+
+
+def decode_outcomes(data: bytes) -> list[tuple[int, msgspec.Raw]]:
+    """Numbers, and what `decode_outcome` reads. Raises WireError."""
+    return decode_with(_numbered, data)
 
 
 def _received(found: _Output | Failure | Progress, request_id: str) -> TokenOutput | Failure | PrefillProgress:

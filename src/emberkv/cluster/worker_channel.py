@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,8 +27,11 @@ _log = logging.getLogger(__name__)
 MAX_REQUESTS = 1024
 """More at once are refused, so that a gateway sends them elsewhere."""
 
+MAX_OUTPUT_BYTES = wire.MAX_MESSAGE_BYTES - 64
+FRAME_BYTES = 1 << 20
+"""Outputs that are larger together go in several messages."""
 
-Outcome = TokenOutput | wire.Failure | wire.Progress
+
 Post = Callable[[TokenOutput | wire.Failure], None]
 """Takes an output of a request, or what ends it early."""
 
@@ -35,7 +39,7 @@ Post = Callable[[TokenOutput | wire.Failure], None]
 class RequestChannels(Collector):
     """The channels of all gateways, and the metrics of their requests. Belongs to the event loop.
 
-    max_requests: of all channels at once; more are refused. message_bytes: the largest message that is sent.
+    max_requests: of all channels at once; more are refused. output_bytes: the largest output that is sent.
     """
 
     def __init__(
@@ -44,10 +48,10 @@ class RequestChannels(Collector):
         engine: Callable[[], Engine],
         max_requests: int,
         *,
-        message_bytes: int = wire.MAX_MESSAGE_BYTES,
+        output_bytes: int = MAX_OUTPUT_BYTES,
     ) -> None:
         self.lifecycle = lifecycle
-        self.message_bytes = message_bytes
+        self.output_bytes = output_bytes
         self._engine = engine
         self._max_requests = max_requests
         self._open: set[ChannelResponse] = set()
@@ -55,10 +59,10 @@ class RequestChannels(Collector):
         self._outcomes = dict.fromkeys(("finished", "aborted", "refused"), 0)
         self._outputs: OutputQueue | None = None
 
-    def opened(self, channel: "ChannelResponse") -> None:
+    def add(self, channel: "ChannelResponse") -> None:
         self._open.add(channel)
 
-    def closed(self, channel: "ChannelResponse") -> None:
+    def remove(self, channel: "ChannelResponse") -> None:
         self._open.discard(channel)
 
     def submit(self, request: GenerationRequest, post: Post) -> "Generation":
@@ -76,10 +80,10 @@ class RequestChannels(Collector):
         self.lifecycle.track(generation)
         return generation
 
-    def refused(self) -> None:
+    def count_refused(self) -> None:
         self._outcomes["refused"] += 1
 
-    def ended(self, generation: "Generation") -> None:
+    def forget(self, generation: "Generation") -> None:
         """Its last message has been sent, or its gateway does not want it any more."""
         generation.close()
         self._outcomes["finished" if generation.is_finished else "aborted"] += 1
@@ -136,6 +140,14 @@ class Generation:
             self._engine.abort(self._request_id)
 
 
+class _Encoded(NamedTuple):
+    """An outcome of a request. is_last: whether it ends the request."""
+
+    number: int
+    data: bytes
+    is_last: bool
+
+
 class ChannelResponse(Response):
     """Lasts until the gateway closes the connection, which aborts what is unfinished, or the server has ended all
     answers. It reads the request's body meanwhile.
@@ -147,7 +159,7 @@ class ChannelResponse(Response):
         # not Response.__init__, which would give the stream the length of an empty body
         self._channels = channels
         self._generations: dict[int, Generation] = {}
-        self._messages: list[tuple[int, Outcome]] = []
+        self._outcomes: list[_Encoded] = []
         self._has_news = asyncio.Event()
         self._is_over = False
         self.status_code = 200
@@ -156,19 +168,19 @@ class ChannelResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._channels.opened(self)
-        reading = asyncio.create_task(self._take_requests(receive))
+        self._channels.add(self)
+        reading = asyncio.create_task(self._receive_all(receive))
         draining = asyncio.create_task(self._channels.lifecycle.drained.wait())
         for each in (reading, draining):
             each.add_done_callback(self._end)
         try:
-            await self._send_outputs(send)
+            await self._send_all(send)
         finally:
             reading.cancel()
             draining.cancel()
             for generation in self._generations.values():
-                self._channels.ended(generation)
-            self._channels.closed(self)
+                self._channels.forget(generation)
+            self._channels.remove(self)
         if reading.done() and not reading.cancelled():
             reading.result()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -177,54 +189,76 @@ class ChannelResponse(Response):
         self._is_over = True
         self._has_news.set()
 
-    async def _take_requests(self, receive: Receive) -> None:
+    async def _receive_all(self, receive: Receive) -> None:
         """Until the gateway is gone, or sends what is no message, after which nothing of it can be understood."""
         frames = wire.FrameReader()
         while (message := await receive())["type"] == "http.request":
             try:
                 for data in frames.feed(message.get("body", b"")):
-                    self._take(wire.decode_channel(data))
+                    self._receive(wire.decode_channel(data))
             except WireError as error:
                 _log.warning("a gateway's channel is closed: %s", error)
+                for generation in self._generations.values():
+                    generation.interrupt(error)
                 return
             if not message.get("more_body", False):
                 return
 
-    def _take(self, message: wire.Submit | wire.Abort) -> None:
+    def _receive(self, message: wire.Submit | wire.Abort) -> None:
+        number = message.number
         if isinstance(message, wire.Abort):
-            if (generation := self._generations.pop(message.number, None)) is not None:
-                self._channels.ended(generation)
+            if (generation := self._generations.pop(number, None)) is not None:
+                self._channels.forget(generation)
             return
-        if message.number in self._generations:
-            raise WireError(f"two requests have the number {message.number}; each needs one of its own")
+        if number in self._generations:
+            raise WireError(f"two requests have the number {number}; each needs one of its own")
         try:
-            self._generations[message.number] = self._channels.submit(
-                wire.decode_request(message.request), partial(self._post, message.number)
-            )
+            request = wire.decode_request(message.request)
+            self._generations[number] = self._channels.submit(request, partial(self._post, number))
         except EmberError as error:
-            self._refuse(message.number, error)
+            self._refuse(number, error)
         except Exception:  # noqa: BLE001 - of this request alone: the channel's others go on
             _log.exception("a request of a gateway cannot be submitted")
-            self._refuse(message.number, GenerationFailedError("the worker failed"))
+            self._refuse(number, GenerationFailedError("the worker failed"))
 
     def _refuse(self, number: int, error: EmberError) -> None:
-        self._channels.refused()
+        self._channels.count_refused()
         self._post(number, failure_message(error))
 
-    def _post(self, number: int, message: TokenOutput | wire.Failure) -> None:
-        self._messages.append((number, message))
+    def _post(self, number: int, outcome: TokenOutput | wire.Failure) -> None:
+        """Have an outcome sent. One that cannot be sent ends its request instead."""
+        most = self._channels.output_bytes
+        try:
+            data = wire.encode_outcome(outcome)
+            error: EmberError | None = None
+        except Exception:  # noqa: BLE001 - of this request alone: the channel's others go on
+            _log.exception("an output cannot be sent")
+            error = GenerationFailedError("the worker failed")
+        else:
+            if len(data) > most:
+                error = RequestError(
+                    f"an output of the answer takes {len(data):,} bytes, of which at most {most:,} are sent; ask for "
+                    "fewer log-probabilities"
+                )
+        if error is not None:
+            if (generation := self._generations.get(number)) is not None:
+                generation.close()
+            outcome = failure_message(error)
+            data = wire.encode_outcome(outcome)
+        is_last = isinstance(outcome, wire.Failure) or outcome.finish_reason is not None
+        self._outcomes.append(_Encoded(number, data, is_last))
         self._has_news.set()
 
-    async def _send_outputs(self, send: Send) -> None:
+    async def _send_all(self, send: Send) -> None:
         """What has come since the last message, together, and a sign of life as often as gateways expect it."""
         loop = asyncio.get_running_loop()
         due = loop.time() + wire.HEARTBEAT_SECONDS
         while True:
             self._has_news.clear()
-            if self._messages:
-                messages, self._messages = self._messages, []
-                await self._send(send, self._frames(messages))
-                self._forget_ended(messages)
+            if self._outcomes:
+                outcomes, self._outcomes = self._outcomes, []
+                await self._send(send, _frames(outcomes))
+                self._forget_last(outcomes)
             elif self._is_over:
                 return
             elif loop.time() >= due:
@@ -235,38 +269,34 @@ class ChannelResponse(Response):
                     async with asyncio.timeout_at(due):
                         await self._has_news.wait()
 
-    def _frames(self, messages: Sequence[tuple[int, Outcome]]) -> bytes:
-        """One frame, or several where it would be too large. An output that is too large alone ends its request."""
-        data, most = wire.encode_outputs(messages), self._channels.message_bytes
-        if len(data) <= most:
-            return wire.frame(data)
-        if len(messages) > 1:
-            middle = len(messages) // 2
-            return self._frames(messages[:middle]) + self._frames(messages[middle:])
-        number = messages[0][0]
-        if (generation := self._generations.get(number)) is not None:
-            generation.close()
-        refused = RequestError(
-            f"an output of the answer takes {len(data):,} bytes, of which at most {most:,} are sent; ask for fewer "
-            "log-probabilities"
-        )
-        return wire.frame(wire.encode_outputs([(number, failure_message(refused))]))
-
     @staticmethod
     async def _send(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    def _forget_ended(self, sent: Sequence[tuple[int, object]]) -> None:
-        for number, _ in sent:
-            generation = self._generations.get(number)
-            if generation is not None and generation.has_ended:
-                del self._generations[number]
-                self._channels.ended(generation)
+    def _forget_last(self, sent: Sequence[_Encoded]) -> None:
+        for number, _, is_last in sent:
+            if is_last and (generation := self._generations.pop(number, None)) is not None:
+                self._channels.forget(generation)
 
     def _sign_of_life(self) -> bytes:
         """How far the prompts are computed whose answers have not begun, if there are any."""
-        found = [(number, progress) for number, each in self._generations.items() if (progress := each.progress())]
-        return wire.frame(wire.encode_outputs(found)) if found else wire.HEARTBEAT
+        computed = [(number, progress) for number, each in self._generations.items() if (progress := each.progress())]
+        if not computed:
+            return wire.HEARTBEAT
+        return _frames([_Encoded(number, wire.encode_outcome(each), is_last=False) for number, each in computed])
+
+
+def _frames(outcomes: Sequence[_Encoded]) -> bytes:
+    """One frame, or several of which each but the last has at least `FRAME_BYTES`."""
+    frames: list[bytes] = []
+    start = held = 0
+    for end, outcome in enumerate(outcomes, 1):
+        held += len(outcome.data)
+        if held >= FRAME_BYTES or end == len(outcomes):
+            together = [(each.number, each.data) for each in outcomes[start:end]]
+            frames.append(wire.frame(wire.encode_outcomes(together)))
+            start, held = end, 0
+    return b"".join(frames)
 
 
 def failure_message(error: EmberError) -> wire.Failure:

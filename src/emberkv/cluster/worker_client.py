@@ -1,10 +1,13 @@
 """Asks a worker: one method for each of its internal routes."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,6 +23,8 @@ from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.serving import errors as serving_errors
 from emberkv.serving.errors import UnauthorizedError
+
+_log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -80,13 +85,15 @@ class WorkerClient:
         self._deadlines = deadlines or Deadlines()
         self._http: aiohttp.ClientSession | None = None
         self._channel: RequestChannel | None = None
-        self._carrying: asyncio.Task[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Close all connections; what runs on them ends."""
-        if self._carrying is not None:
-            self._carrying.cancel()
-            await asyncio.wait([self._carrying])
+        """Close all connections; what runs on them ends by WorkerLostError."""
+        self._is_closed = True
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
         if self._http is not None:
             await self._http.close()
 
@@ -140,7 +147,7 @@ class WorkerClient:
         aborts the request. on_progress: is called with how far the prompt is computed, now and then before the first.
 
         WorkerLostError, WorkerTimeoutError and EngineStoppedError may come after some outputs: the answer can be gone
-        on with elsewhere, by ``answered``. After the last output they mean nothing.
+        on with elsewhere, by ``answered``.
         """
         async with aclosing(self._open_channel().outcomes(request)) as outcomes:
             async for outcome in outcomes:
@@ -153,21 +160,38 @@ class WorkerClient:
 
     def _open_channel(self) -> RequestChannel:
         """The one that requests are sent over now; what it fails by, they do."""
+        if self._is_closed:
+            raise errors.WorkerLostError(f"the connections to {self.url} are closed")
         if self._channel is None or self._channel.failed is not None:
-            self._channel = RequestChannel()
-            self._carrying = asyncio.create_task(self._carry(self._channel))
+            self._channel = RequestChannel(self._deadlines.clock)
+            # not in the context of the request that happens to be the first
+            self._serving = asyncio.create_task(self._serve(self._channel), context=Context())
+            self._serving.add_done_callback(partial(self._served, self._channel))
         return self._channel
 
-    async def _carry(self, channel: RequestChannel) -> None:
-        error: errors.EmberError = errors.WorkerLostError(f"{self.url} ended the connection")
-        try:
-            async with aclosing(self._stream("POST", "channel", body=channel.sent())) as messages:
-                async for message in messages:
-                    channel.take(message)
-        except errors.EmberError as failure:
-            error = failure
-        finally:
-            channel.end(error)
+    async def _serve(self, channel: RequestChannel) -> None:
+        """Send what the channel has and give it what comes, until the connection ends."""
+        frames, seconds = wire.FrameReader(), self._deadlines
+        async with self._response("POST", "channel", body=channel.frames()) as response:
+            while data := await self._within(seconds.silence, response.content.readany()):
+                try:
+                    for message in frames.feed(data):
+                        channel.receive(message)
+                except errors.WireError as error:
+                    raise errors.WorkerLostError(f"{self.url} sent what is no message: {error}") from error
+                since = channel.sending_since
+                if since is not None and seconds.clock() - since > seconds.answer:
+                    raise errors.WorkerTimeoutError(
+                        f"{self.url} took nothing of what it was sent for {seconds.answer:g} s"
+                    )
+        raise errors.WorkerLostError(f"{self.url} ended the connection")
+
+    def _served(self, channel: RequestChannel, serving: "asyncio.Task[None]") -> None:
+        error = None if serving.cancelled() else serving.exception()
+        if error is not None and not isinstance(error, errors.EmberError):
+            _log.error("the connection to %s failed", self.url, exc_info=error)
+        ended = errors.WorkerLostError(f"the connection to {self.url} has ended")
+        channel.end(error if isinstance(error, errors.EmberError) else ended)
 
     async def execute(self, command: Command[R]) -> R:
         """Have one of the engine's commands carried out; those that read events, a snapshot or the load have methods of
@@ -208,7 +232,7 @@ class WorkerClient:
             return await self._within(self._deadlines.answer, response.read())
 
     async def _stream(
-        self, method: str, route: str, *, query: Mapping[str, str] | None = None, body: Body | None = None
+        self, method: str, route: str, *, query: Mapping[str, str] | None = None, body: bytes | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The messages of a stream until the worker ends it."""
         frames = wire.FrameReader()

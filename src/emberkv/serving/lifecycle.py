@@ -374,12 +374,12 @@ class Lifecycle:
 
     @property
     def running(self) -> int:
-        """HTTP requests whose answers are being made."""
+        """Requests whose answers are being made."""
         return len(self._running)
 
     @property
     def tracked(self) -> int:
-        """HTTP requests whose answers are being made or sent."""
+        """Requests whose answers are being made or sent."""
         return len(self._tracked)
 
     def track(self, stream: RunningAnswer) -> None:

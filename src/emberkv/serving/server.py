@@ -135,9 +135,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _too_late(self, now: float) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        waits_for_more = self._in_body and not (is_answering and self.cycle.response_started)
-        if self.pipeline or self.flow.read_paused or (is_answering and not waits_for_more):
-            self._due = now + self._limits.head_seconds  # it is this server that does not read on, or needs no more yet
+        is_awaited = self._in_body and not (is_answering and self.cycle.response_started)
+        if self.pipeline or self.flow.read_paused or (is_answering and not is_awaited):
+            # this server does not read on, or answers already without the rest of the body
+            self._due = now + self._limits.head_seconds
         elif self._in_head or (self._in_body and is_answering):
             self._refuse(408, "the request took too long to arrive")
         else:  # there was no request, or it has been answered
