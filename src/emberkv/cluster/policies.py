@@ -195,6 +195,7 @@ def least_loaded(view: RoutingView) -> int:
     for slot, state in enumerate(view.replicas):
         if state.up and (found < 0 or state.load < least):
             least, found = state.load, slot
+    assert found >= 0, "a replica is up"
     return found
 
 
