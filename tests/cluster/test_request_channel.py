@@ -336,6 +336,12 @@ async def test_an_answer_that_is_given_up_is_aborted_and_one_that_has_ended_is_n
 
 
 @on_a_loop
+async def test_a_gateway_that_has_nothing_to_send_sends_a_heartbeat_now_and_then() -> None:
+    sent = RequestChannel(time.monotonic, idle_seconds=0.01).frames()
+    assert [await anext(sent) for _ in range(3)] == [wire.HEARTBEAT] * 3
+
+
+@on_a_loop
 async def test_a_request_that_is_given_up_before_it_is_sent_is_not_sent() -> None:
     channel = RequestChannel(time.monotonic)
     sent, frames = channel.frames(), wire.FrameReader()

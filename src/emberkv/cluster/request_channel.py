@@ -1,6 +1,7 @@
 """A gateway's end of a request channel: requests to one worker, and their outputs, over one connection."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from itertools import count
 
@@ -10,6 +11,8 @@ from emberkv import errors
 from emberkv.cluster import wire
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
 
+IDLE_SECONDS = 10.0
+
 Outcome = TokenOutput | wire.Failure | PrefillProgress
 
 
@@ -17,14 +20,16 @@ class RequestChannel:
     """Carries requests for as long as its connection lasts. Belongs to one event loop.
 
     `frames` gives what is sent to the worker, and `receive` is called with what the worker sends. clock: seconds.
+    idle_seconds: after which a heartbeat is sent where there is nothing else, so that no proxy gives the connection up.
     failed: the error that all requests end by once the connection has ended; None before. sending_since: when the bytes
     that are being sent were given out, by the clock; None while there are none.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], *, idle_seconds: float = IDLE_SECONDS) -> None:
         self.failed: errors.EmberError | None = None
         self.sending_since: float | None = None
         self._clock = clock
+        self._idle_seconds = idle_seconds
         self._numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
         self._submits: dict[int, bytes] = {}
@@ -37,8 +42,10 @@ class RequestChannel:
         while True:
             self._has_frames.clear()
             if not (self._frames or self._submits):
-                await self._has_frames.wait()
-            data = b"".join((*self._frames, *self._submits.values()))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._idle_seconds):
+                        await self._has_frames.wait()
+            data = b"".join((*self._frames, *self._submits.values())) or wire.HEARTBEAT
             self._frames.clear()
             self._submits.clear()
             self.sending_since = self._clock()
