@@ -7,6 +7,9 @@
 The extension modules are put beside their sources in ``src``, where Python prefers them. They hold the sources as they
 were when they were compiled, so compile again after a change. Without them the Python sources are used.
 
+mypyc does not compile the constructors that dataclasses generate: classes of which a simulation makes many write theirs
+out.
+
 With ``--into``, a copy of the package is compiled instead, and made anew only when the sources have changed since.
 """
 
