@@ -1,5 +1,6 @@
 """What is sent between workers and gateways comes back as it was, and anything else is one error of our own."""
 
+from collections import Counter
 from functools import partial
 
 import msgspec
@@ -8,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.cluster import wire, wire_commands
+from emberkv.core.explaining.explanation import CacheOutcome, MissReason
 from emberkv.core.feed import EventsLost
 from emberkv.core.hashing import TokenChain
+from emberkv.core.loading import LoadChoice
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.commands import ExportCheckpoint, ImportBlocks
+from emberkv.core.stats import SchedulerStats
+from emberkv.engine.commands import ExportCheckpoint, ImportBlocks, LookedUp, LookUp, PoolStatistics, Statistics
 from emberkv.engine.request import (
     CacheUsage,
     Constraint,
@@ -147,3 +151,20 @@ def test_blocks_that_are_too_large_for_a_message_are_refused_before_they_are_sen
         wire_commands.encode_command(command, message_bytes=1000)
     with pytest.raises(ConfigError, match=refused):
         wire_commands.encode_answer(answer, message_bytes=1000)
+
+
+def test_what_a_worker_has_found_and_counted_comes_back_as_it_was() -> None:
+    chain = TokenChain(bytes(32), range(9), 4)
+    outcome = CacheOutcome({"pool": 8}, {MissReason.LAST: 1}, MissReason.EVICTED)
+    for found in (LookedUp(outcome, 4, checkpoints=True), LookedUp(CacheOutcome(), 1)):
+        assert wire_commands.decode_answer(wire_commands.encode_answer(found), LookUp(chain)) == found
+    counters = SchedulerStats(query_tokens=9, tier_hit_tokens=Counter(disk=4), load_choices=Counter([LoadChoice.LOAD]))
+    statistics = PoolStatistics(counters, 10, 1, 2, 7, 16, {"ann": 64.0})
+    sent = wire_commands.encode_answer(statistics)
+    assert wire_commands.decode_answer(sent, Statistics()) == statistics
+    fields = msgspec.msgpack.decode(sent)
+    later = {**fields, "counters": {**fields["counters"], "news": 1, "load_choices": {"load": 1, "guess": 2}}}
+    assert wire_commands.decode_answer(wire.encode(later), Statistics()) == statistics
+    for name, wrong in (("query_tokens", {"a": 1}), ("tier_hit_tokens", 5)):
+        with pytest.raises(WireError, match=f"the counter {name} is"):
+            wire_commands.decode_answer(wire.encode({**fields, "counters": {name: wrong}}), Statistics())

@@ -9,9 +9,8 @@ without a message is a heartbeat. docs/cluster.md has the routes.
 
 import sys
 from array import array
-from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -236,7 +235,7 @@ def encode(message: object) -> bytes:
 
 def decode(data: bytes, kind: type[T]) -> T:
     """The message of type ``kind`` in ``data``. Raises WireError for anything else."""
-    return decode_with(msgspec.msgpack.Decoder(kind, dec_hook=_counter), data)
+    return decode_with(msgspec.msgpack.Decoder(kind), data)
 
 
 def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes | msgspec.Raw) -> T:
@@ -247,12 +246,6 @@ def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes | msgspec.Raw
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"these {len(data)} bytes are not the message expected: {reason_of(error)}") from error
-
-
-def _counter(kind: type, counts: Any) -> Any:
-    """msgspec has no `collections.Counter`; a mapping's keys are converted to the counter's."""
-    key = get_args(kind)[0]
-    return Counter({msgspec.convert(name, key): count for name, count in counts.items()})
 
 
 def encode_request(request: GenerationRequest) -> bytes:

@@ -4,15 +4,20 @@ A command is ``[name, field, ...]``; a chain in it is its tokens, with what its 
 ReadEvents, ReadSnapshot and ReadLoad are not among them: they have routes of their own.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from emberkv.cluster import wire
+from emberkv.core.explaining.explanation import CacheOutcome, MissReason
 from emberkv.core.hashing import BlockHash, Chain, TokenChain
+from emberkv.core.loading import LoadChoice
+from emberkv.core.stats import SchedulerStats
 from emberkv.engine.block_transfer import ImportedBlocks
 from emberkv.engine.commands import (
     CachedTokens,
@@ -30,7 +35,7 @@ from emberkv.engine.commands import (
     Statistics,
     Unretain,
 )
-from emberkv.errors import ConfigError, RequestError
+from emberkv.errors import ConfigError, RequestError, WireError
 from emberkv.tiers.base import RemovalResult
 
 R = TypeVar("R")
@@ -100,6 +105,49 @@ class _Removed(Struct, frozen=True, array_like=True):
     tiers: dict[str, RemovalResult]
 
 
+class _CacheOutcome(Struct, frozen=True):
+    """As `CacheOutcome`. Of classes of the core msgspec cannot see the fields' types where they are compiled."""
+
+    hit: dict[str, int]
+    set_aside: dict[MissReason, int]
+    refused: MissReason | None
+
+
+class _LookedUp(Struct, frozen=True):
+    outcome: _CacheOutcome
+    hit_unit: int
+    checkpoints: bool = False
+
+    def received(self) -> LookedUp:
+        outcome = CacheOutcome(self.outcome.hit, self.outcome.set_aside, self.outcome.refused)
+        return LookedUp(outcome, self.hit_unit, self.checkpoints)
+
+
+class _PoolStatistics(Struct, frozen=True):
+    counters: dict[str, int | dict[str, int]]
+    total: int
+    in_use: int
+    cached: int
+    empty: int
+    block_size: int
+    bytes_by_owner: dict[str, float]
+
+    def received(self) -> PoolStatistics:
+        """What a later version counts beside is passed over. Raises WireError for a counter of another kind."""
+        counters = SchedulerStats()
+        for name in [each.name for each in fields(counters) if each.name in self.counters]:
+            sent = self.counters[name]
+            if isinstance(getattr(counters, name), Counter) is not isinstance(sent, dict):
+                raise WireError(f"the counter {name} is {sent!r:.100}, which is of another kind here")
+            setattr(counters, name, Counter(sent) if isinstance(sent, dict) else sent)
+        choices = self.counters.get("load_choices")
+        if isinstance(choices, dict):
+            found = {choice: choices[choice.value] for choice in LoadChoice if choice.value in choices}
+            counters.load_choices = Counter(found)
+        rest = self.total, self.in_use, self.cached, self.empty, self.block_size, self.bytes_by_owner
+        return PoolStatistics(counters, *rest)
+
+
 _AnyMessage = (
     _Retain
     | _Unretain
@@ -119,9 +167,9 @@ _ANSWERS: Mapping[type[Command[Any]], Any] = {
     Retain: int,
     Unretain: None,
     CachedTokens: int,
-    LookUp: LookedUp,
+    LookUp: _LookedUp,
     FindCached: list[bool],
-    Statistics: PoolStatistics,
+    Statistics: _PoolStatistics,
     ExportBlocks: list[bytes | None],
     ExportCheckpoint: bytes | None,
     ImportBlocks: ImportedBlocks,
@@ -216,6 +264,8 @@ def decode_answer(data: bytes, command: Command[R]) -> R:
         answer = RemovedBlocks(found.pool, {name: _done(each) for name, each in found.tiers.items()})
     else:
         answer = wire.decode(data, _ANSWERS[type(command)])
+        if isinstance(answer, _LookedUp | _PoolStatistics):
+            answer = answer.received()
     result: R = answer
     return result
 
