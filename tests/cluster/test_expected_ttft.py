@@ -72,13 +72,18 @@ def test_a_prefix_is_left_when_waiting_for_it_costs_more_than_computing_it() -> 
     assert decide(router, states, chain).replica == 0
 
 
-def test_computing_counts_more_where_it_evicts_cached_blocks() -> None:
-    router, states = fleet(2)
+def test_computing_counts_more_where_it_evicts_cached_blocks_if_that_is_wanted() -> None:
+    plain, states = fleet(2)
+    router = Router(ExpectedTtft(evict_weight=1.0), Random(1))
+    for name in names(2):
+        router.join(name)
     chain = prompt(0, 100)
-    has(router, 1, chain, 50)
+    for each in (plain, router):
+        has(each, 1, chain, 50)
     states[1].queued_tokens = 2 * 800 + 200
     states[0].unused_tokens = states[1].unused_tokens = len(chain) - 1
     assert decide(router, states, chain).replica == 1, "a token to compute at replica 0 weighs three that wait"
+    assert decide(plain, states, chain).replica == 0
     states[0].unused_tokens = len(chain)
     assert decide(router, states, chain, now=100.0).replica == 0
 
@@ -182,7 +187,7 @@ def test_no_replica_is_chosen_that_waits_longer_than_its_prompt_is_worth(
     cached = [{POOL: blocks} for _, blocks, _ in given_states]
     order = list(range(len(states)))
     view = RoutingView(100 * BLOCK + 1, BLOCK, states, cached, order, recent[: len(states)], home)
-    chosen = ExpectedTtft().choose(view).replica
+    chosen = ExpectedTtft(evict_weight=1.0).choose(view).replica
     waits = [state.queued_tokens / RATE for state in states]
     assert waits[chosen] - min(waits) <= (1.5 * 3 + 0.03) * view.prompt_tokens / RATE
 

@@ -305,7 +305,7 @@ class ExpectedTtft(RoutingPolicy):
     order: ClassVar[Order] = Order.RING
 
     def __init__(
-        self, *, compute_weight: float = 1.0, evict_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03
+        self, *, compute_weight: float = 1.0, evict_weight: float = 0.0, spread: float = 0.5, tie: float = 0.03
     ) -> None:
         if min(compute_weight, evict_weight, spread, tie) < 0 or spread > 1:
             raise ConfigError(
