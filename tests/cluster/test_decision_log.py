@@ -28,7 +28,6 @@ def recorded(routing: str, path: Path, decisions: int = 60) -> list[int]:
         session = rng.randrange(12)
         chain = TokenChain(bytes(32), range(session * 1000, session * 1000 + rng.randrange(80)), BLOCK)
         states = [ReplicaState(rng.randrange(200), slot != 2, rng.randrange(50), 500.0) for slot in range(4)]
-        states[3].unused_tokens = rng.randrange(200)
         states[1].load_rates = {"disk": 4000.0}
         decision = router.decide(RoutingRequest(chain, len(chain), f"session-{session}", float(number)), states)
         assert decision is not None
@@ -69,7 +68,7 @@ def test_a_line_has_no_hash_and_no_session(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 3}, "line 2.*version 3; this emberkv reads versions 1 to 2"),
+        ({"version": 2}, "line 2.*version 2; this emberkv reads version 1"),
         ({"replica": 9}, "line 2.*slots .*9.* of 4 replicas"),
         ({"replica": 2}, "line 2.*not up"),
         ({"prompt_tokens": -1}, "line 2.*prompt_tokens"),

@@ -1,16 +1,12 @@
 """A reader knows what a pool has, or knows that it does not, whatever becomes of the messages between them."""
 
 from collections.abc import Callable
-from math import inf
-from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.cluster.feed import MAX_RECENT_EVENTS, FeedReader, NeedChunk, NeedEvents, RoutedReplicas
-from emberkv.cluster.policies import ReplicaState
-from emberkv.cluster.routing import DEFAULT_ROUTING, make_router, names
+from emberkv.cluster.feed import MAX_RECENT_EVENTS, FeedReader, NeedChunk, NeedEvents
 from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventLog
@@ -229,14 +225,3 @@ def test_an_answer_to_nothing_that_is_needed_changes_nothing(
 ) -> None:
     reader.take(answer())
     assert (reader.exact, reader.sequence, reader.need()) == (True, 2, None)
-
-
-def test_a_replica_is_known_by_what_its_pool_takes_in_without_evicting() -> None:
-    states = [ReplicaState(), ReplicaState()]
-    routed = RoutedReplicas(make_router(DEFAULT_ROUTING, Random(0), names(2)), states)
-    pool = BlockPool(6, 1, events=EventLog(12, epoch=b"e"))
-    pool.free(store(pool, chain(range(3), 1)))
-    routed.publish(1, pool)
-    assert [state.unused_tokens for state in states] == [inf, 3.0], "three of six blocks are free and hold nothing"
-    routed.lost(1)
-    assert states[1].unused_tokens == inf

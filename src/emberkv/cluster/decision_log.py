@@ -10,7 +10,6 @@ not named either: the line says only which replica had the session's last reques
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from math import inf
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -21,17 +20,14 @@ from emberkv.cluster.policies import Decision, Order, ReplicaState, RoutingPolic
 from emberkv.cluster.routing import Recorder, make_policy
 from emberkv.errors import ConfigError, WorkloadError, reason_of
 
-VERSION = 2
-"""Lines of version 1 have no ``unused_tokens``."""
+VERSION = 1
 
 Count = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 
 
 class RecordedReplica(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A slot. cached: blocks by tier. The others are fields of `ReplicaState`, of which None stands for an unlimited
-    ``unused_tokens``, and of `RoutingView`.
-    """
+    """A slot. cached: blocks by tier. The others are fields of `ReplicaState` and `RoutingView`."""
 
     up: bool
     load: Amount = 0.0
@@ -39,7 +35,6 @@ class RecordedReplica(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     prefill_rate: Amount | None = None
     step_seconds: Amount = 0.0
     load_rates: dict[str, Amount] = {}
-    unused_tokens: Amount | None = None
     cached: dict[str, Count] = {}
     recent: Amount = 0.0
 
@@ -62,15 +57,7 @@ class RecordedDecision(Struct, frozen=True, forbid_unknown_fields=True, omit_def
     def view(self) -> RoutingView:
         """What the policy decided from."""
         states = [
-            ReplicaState(
-                each.load,
-                each.up,
-                each.queued_tokens,
-                each.prefill_rate,
-                each.step_seconds,
-                each.load_rates,
-                inf if each.unused_tokens is None else each.unused_tokens,
-            )
+            ReplicaState(each.load, each.up, each.queued_tokens, each.prefill_rate, each.step_seconds, each.load_rates)
             for each in self.replicas
         ]
         cached = [each.cached for each in self.replicas]
@@ -96,7 +83,6 @@ class DecisionLog:
                 state.prefill_rate,
                 state.step_seconds,
                 dict(state.load_rates),
-                None if state.unused_tokens == inf else state.unused_tokens,
                 dict(view.cached[slot]) if view.cached else {},
                 view.recent[slot] if view.recent else 0.0,
             )
@@ -149,8 +135,8 @@ def read_decisions(path: Path) -> Iterator[RecordedDecision]:
 
 def _checked(line: RecordedDecision) -> RecordedDecision:
     """Raises msgspec's ValidationError where the fields do not fit together."""
-    if not 1 <= line.version <= VERSION:
-        raise msgspec.ValidationError(f"version {line.version}; this emberkv reads versions 1 to {VERSION}")
+    if line.version != VERSION:
+        raise msgspec.ValidationError(f"version {line.version}; this emberkv reads version {VERSION}")
     slots = len(line.replicas)
     named = [*line.order, line.replica, *([] if line.home is None else [line.home])]
     if not all(0 <= slot < slots for slot in named) or not line.replicas[line.replica].up:

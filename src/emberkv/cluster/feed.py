@@ -8,7 +8,6 @@ chunk  ──> merged, and the events after it applied again
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Protocol
 
 from emberkv.cluster.block_index import BlockIndex
@@ -250,7 +249,6 @@ class RoutedReplicas:
 
     def publish(self, replica: int, pool: BlockPool) -> None:
         """Hand on what has changed in a replica's pool since the last time."""
-        self._states[replica].unused_tokens = float((pool.num_free - pool.num_evictable) * pool.block_size)
         reader, log = self._readers[replica], pool.events
         if reader is None or log.last_sequence == reader.sequence:
             return
@@ -264,7 +262,6 @@ class RoutedReplicas:
 
     def lost(self, replica: int) -> None:
         """A replica's pool is gone; the next one begins empty."""
-        self._states[replica].unused_tokens = inf
         self._router.lost(replica)
         self._readers[replica] = self._reader(replica)
 

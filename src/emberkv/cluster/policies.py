@@ -49,8 +49,7 @@ class ReplicaState:
     load: tokens of work that the replica has, prompts of running requests included. up: whether it takes requests.
     queued_tokens: prompt tokens that it has yet to compute for requests sent to it before. prefill_rate: prompt tokens
     that it computes in a second, as measured; None before any was. step_seconds: of a step without prefill.
-    load_rates: tokens a second that it loads from each tier below its pool, as measured. unused_tokens: those that its
-    pool can take in without evicting cached blocks, the queue's among them.
+    load_rates: tokens a second that it loads from each tier below its pool, as measured.
     """
 
     load: float = 0.0
@@ -59,7 +58,6 @@ class ReplicaState:
     prefill_rate: float | None = None
     step_seconds: float = 0.0
     load_rates: Mapping[str, float] = field(default_factory=dict)
-    unused_tokens: float = inf
 
 
 class Order(Enum):
@@ -287,33 +285,28 @@ class ExpectedTtft(RoutingPolicy):
     """The replica with the shortest expected time to first token, where computing counts more than waiting.
 
     A replica's cost, in seconds: waiting for the prompt tokens in its queue, loading what lower tiers have, and
-    computing the rest, at that replica's measured rates (see `EQUAL_RATES`). Computing also delays later requests, so
-    its seconds are multiplied by ``1 + compute_weight``, where it evicts cached blocks by ``evict_weight`` more, and by
-    up to ``spread`` of that more or less where the replica was lately given more or less to compute than the mean,
-    which spreads conversations that begin.
+    computing the rest, at that replica's measured rates (see `EQUAL_RATES`). Computing also delays later requests and
+    evicts other blocks, so its seconds are multiplied by ``1 + compute_weight``, and by up to ``spread`` more or less
+    where the replica was lately given more or less to compute than the mean, which spreads conversations that begin.
 
     Replicas within ``tie`` times the whole prompt's computing time of the least cost are equal: the first by consistent
     hashing is taken, so that a cold fleet spreads prefixes stably. The hash key is the first block that no replica has.
     A session stays at its replica while that is equal to the best, what they were given lately left aside.
 
     Load is bounded: no request goes to a replica that waits longer than another by more than
-    ``1.5 * (1 + compute_weight + evict_weight) + tie`` times the time to compute the whole prompt there.
+    ``1.5 * (1 + compute_weight) + tie`` times the time to compute the whole prompt there.
     """
 
     reads_index = True
     follows_requests = True
     order: ClassVar[Order] = Order.RING
 
-    def __init__(
-        self, *, compute_weight: float = 1.0, evict_weight: float = 0.0, spread: float = 0.5, tie: float = 0.03
-    ) -> None:
-        if min(compute_weight, evict_weight, spread, tie) < 0 or spread > 1:
+    def __init__(self, *, compute_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03) -> None:
+        if min(compute_weight, spread, tie) < 0 or spread > 1:
             raise ConfigError(
-                f"compute_weight is {compute_weight}, evict_weight {evict_weight}, spread {spread}, tie {tie}: use at "
-                "least 0, for spread at most 1"
+                f"compute_weight is {compute_weight}, spread {spread}, tie {tie}: use at least 0, for spread at most 1"
             )
         self._weight = 1.0 + compute_weight
-        self._evict_weight = evict_weight
         self._spread = spread
         self._tie = tie
 
@@ -372,8 +365,7 @@ class ExpectedTtft(RoutingPolicy):
                 cached_tokens, loading = self._found(view, slot, rate)
                 to_compute -= sum(cached_tokens.values())
             computing = to_compute / rate + state.step_seconds
-            taken_in = state.queued_tokens + to_compute + sum([cached_tokens[tier] for tier in loading])
-            counted = computing * (self._weight + (self._evict_weight if taken_in > state.unused_tokens else 0.0))
+            counted = computing * self._weight
             plain = waiting + counted + sum(loading.values())
             above = (recent - mean_recent) / smoothed
             cost = plain + counted * self._spread * (above if above < 1.0 else 1.0)

@@ -169,5 +169,4 @@ class Worker(RoutedWorker):
             prefill_rate=report.prefill_rate,
             step_seconds=report.step_seconds or 0.0,
             load_rates={tier: rate / token_bytes for tier, rate in report.load_rates.items()} if token_bytes else {},
-            unused_tokens=float((report.free_blocks - report.cached_blocks) * block_size),
         )

@@ -5,7 +5,7 @@ events or else estimated by an LRU model of the prompts that were sent to it.
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,10 +251,6 @@ class ExactFeed(Protocol):
     """A subscription to a worker's own KV events."""
 
     @property
-    def blocks(self) -> Sized:
-        """Those that are known to be cached there."""
-
-    @property
     def has_heard(self) -> bool:
         """Whether usable events have arrived. From then on, they alone define the worker's cached blocks."""
 
@@ -339,7 +335,6 @@ class ForeignWorker(RoutedWorker):
         self.ledger = LedgerStore(Ledger())
         self.prompt_tokens = self.cached_tokens = 0
         self._block_index = index
-        self._block_size = block_size
         self._assumed = AssumedBlocks(self.publish, max_blocks=max(1, spec.tokens // block_size), ttl=spec.ttl)
         self._prompts: dict[str, int] = {}  # tokens of the running requests' prompts
         self._scopes: set[asyncio.Timeout] = set()
@@ -354,15 +349,13 @@ class ForeignWorker(RoutedWorker):
         return EXACT if self.status is WorkerStatus.UP else "degraded: it is not up"
 
     def state(self) -> ReplicaState:
-        """The load that this gateway has sent, the measured rates, and what its cache holds as far as that is known."""
-        cached = self.feed.blocks if self.feed is not None and self.feed.has_heard else self._assumed
+        """The load that this gateway has sent, and the measured rates."""
         return ReplicaState(
             load=sum(self._prompts.values()),
             up=self.status is WorkerStatus.UP,
             queued_tokens=self.unreported_tokens,
             prefill_rate=self.rates.prefill,
             step_seconds=self.usual_step(),
-            unused_tokens=float(max(0, self.spec.tokens - len(cached) * self._block_size)),
         )
 
     def as_json(self) -> dict[str, Any]:
