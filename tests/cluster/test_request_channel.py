@@ -105,9 +105,13 @@ class Worker:
         self.channels = RequestChannels(self.lifecycle, lambda: self.engine, max_requests, **limits)
 
     @asynccontextmanager
-    async def channel(self) -> AsyncIterator[Gateway]:
+    async def channel(self, *request_ids: str) -> AsyncIterator[Gateway]:
+        """request_ids: of requests that are submitted, with the numbers from 0."""
         gateway = Gateway()
         answering = asyncio.create_task(ChannelResponse(self.channels)({}, gateway.receive, gateway.take))
+        for number, request_id in enumerate(request_ids):
+            gateway.submit(number, request_id)
+        await self.submitted(*request_ids)
         yield gateway
         gateway.hang_up()
         await answering
@@ -128,10 +132,7 @@ class Worker:
 @on_a_loop
 async def test_the_outputs_of_a_step_are_one_message_and_have_their_requests_numbers() -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        gateway.submit(1, "b")
-        await worker.submitted("a", "b")
+    async with worker.channel("a", "b") as gateway:
         worker.engine.say("a", 5)
         worker.engine.say("b", 6)
         await until(lambda: gateway.outputs)
@@ -148,10 +149,7 @@ async def test_the_outputs_of_a_step_are_one_message_and_have_their_requests_num
 @on_a_loop
 async def test_an_abort_ends_its_request_alone_and_the_end_of_the_connection_all() -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        for number, request_id in enumerate("abc"):
-            gateway.submit(number, request_id)
-        await worker.submitted("a", "b", "c")
+    async with worker.channel("a", "b", "c") as gateway:
         gateway.send(wire.Abort(1))
         await until(lambda: worker.engine.aborted)
         worker.engine.say("b", 1, ends=True)  # as an engine does behind an abort
@@ -173,9 +171,7 @@ async def test_an_abort_ends_its_request_alone_and_the_end_of_the_connection_all
 @on_a_loop
 async def test_what_is_wrong_with_a_request_ends_that_one_alone(refusal: Exception, kind: str) -> None:
     worker = Worker(max_requests=2)
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        await worker.submitted("a")
+    async with worker.channel("a") as gateway:
         worker.engine.refusal = refusal
         gateway.submit(1, "b")
         gateway.send(wire.Submit(2, b"\xc1"))
@@ -194,11 +190,10 @@ async def test_what_is_wrong_with_a_request_ends_that_one_alone(refusal: Excepti
 @on_a_loop
 async def test_bytes_that_are_no_message_end_the_channel(data: bytes) -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        await worker.submitted("a")
+    async with worker.channel("a") as gateway:
         gateway.send_bytes(data)
         await until(lambda: gateway.ends[-1:] == [True])
+        assert gateway.outputs == [(0, "WireError")]
     assert worker.engine.aborted == ["a"]
 
 
@@ -215,10 +210,7 @@ async def test_two_requests_of_one_number_end_the_channel() -> None:
 @on_a_loop
 async def test_progress_is_sent_of_a_prompt_that_is_computed_while_others_answer() -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        gateway.submit(1, "b")
-        await worker.submitted("a", "b")
+    async with worker.channel("a", "b") as gateway:
 
         async def one_more_token() -> None:
             worker.engine.say("a", 5)
@@ -231,9 +223,7 @@ async def test_progress_is_sent_of_a_prompt_that_is_computed_while_others_answer
 @on_a_loop
 async def test_a_server_that_ends_interrupts_what_it_cannot_finish_and_ends_the_channel() -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        await worker.submitted("a")
+    async with worker.channel("a") as gateway:
         await worker.lifecycle.drain(0)
         await until(lambda: gateway.ends[-1:] == [True])
         assert gateway.outputs == [(0, "EngineStoppedError")]
@@ -243,10 +233,7 @@ async def test_a_server_that_ends_interrupts_what_it_cannot_finish_and_ends_the_
 @on_a_loop
 async def test_outputs_that_are_too_large_together_are_sent_apart_and_one_that_is_too_large_alone_ends() -> None:
     worker = Worker(output_bytes=1_000_000)
-    async with worker.channel() as gateway:
-        for number, request_id in enumerate("abcd"):
-            gateway.submit(number, request_id)
-        await worker.submitted("a", "b", "c", "d")
+    async with worker.channel("a", "b", "c", "d") as gateway:
         for request_id, size in (("a", 150_000), ("b", 250_000), ("c", 100_000), ("d", 1)):
             worker.engine.say(request_id, *([100_000] * size))  # of five bytes each
         await until(lambda: len(gateway.outputs) == 4)
@@ -259,10 +246,7 @@ async def test_outputs_that_are_too_large_together_are_sent_apart_and_one_that_i
 @on_a_loop
 async def test_an_output_that_cannot_be_written_ends_its_request_alone() -> None:
     worker = Worker()
-    async with worker.channel() as gateway:
-        gateway.submit(0, "a")
-        gateway.submit(1, "b")
-        await worker.submitted("a", "b")
+    async with worker.channel("a", "b") as gateway:
         worker.engine.listeners["a"](TokenOutput("a", error="\udcff"))
         worker.engine.say("b", 5)
         await until(lambda: len(gateway.outputs) == 2)

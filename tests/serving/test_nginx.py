@@ -1,21 +1,29 @@
 """Behind nginx with its defaults: a stream arrives as it is made, and a client that leaves frees the engine."""
 
+import asyncio
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from emberkv.cluster.worker_api import worker_routes
+from emberkv.cluster.worker_client import WorkerClient
+from emberkv.engine.request import GenerationRequest, SamplingParams
+from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer
 from tests.machine import free_ports
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL
+from tests.serving.harness import MODEL, serving
 from tests.waiting import DEADLINE, eventually
 
+ROOT = Path(__file__).parents[2]
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 pytestmark = pytest.mark.skipif(not Path(NGINX).exists(), reason="nginx is not installed")
 
@@ -29,7 +37,7 @@ http {{
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   server {{
     listen 127.0.0.1:{port};
-    location / {{ proxy_pass {url}; proxy_http_version 1.1; proxy_read_timeout 600s; }}
+    location / {{ proxy_pass {url}; proxy_http_version 1.1; proxy_read_timeout 600s; {more} }}
   }}
 }}
 """
@@ -41,20 +49,27 @@ def accepts(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.fixture
-def proxy(server: HttpServer, tmp_path: Path) -> Iterator[str]:
-    """The URL of an nginx before the server."""
+@contextmanager
+def nginx_before(server: HttpServer, folder: Path, more: str = "") -> Iterator[str]:
+    """The URL of an nginx before the server. more: directives of its location."""
     port = free_ports()
-    config = tmp_path / "nginx.conf"
+    config = folder / "nginx.conf"
     parts = urlsplit(server.url)
-    config.write_text(CONFIG.format(folder=tmp_path, port=port, url=f"http://{parts.hostname}:{parts.port}"))
-    process = subprocess.Popen([NGINX, "-c", str(config), "-p", str(tmp_path)], stderr=subprocess.DEVNULL)
+    url = f"http://{parts.hostname}:{parts.port}"
+    config.write_text(CONFIG.format(folder=folder, port=port, url=url, more=more))
+    process = subprocess.Popen([NGINX, "-c", str(config), "-p", str(folder)], stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: accepts(port))
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(DEADLINE)
+
+
+@pytest.fixture
+def proxy(server: HttpServer, tmp_path: Path) -> Iterator[str]:
+    with nginx_before(server, tmp_path) as url:
+        yield url
 
 
 def test_a_stream_arrives_as_it_is_made(proxy: str, engine: FakeEngine) -> None:
@@ -76,3 +91,21 @@ def test_a_client_that_leaves_frees_the_engine(proxy: str, engine: FakeEngine) -
         assert engine.running == 1
     eventually(lambda: engine.running == 0)
     assert len(engine.aborted) == 1
+
+
+def test_a_gateways_requests_pass_with_the_directives_of_the_docs(
+    lifecycle: Lifecycle, engine: FakeEngine, tmp_path: Path
+) -> None:
+    documented = re.search(r"\(nginx: (.*?)\)", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    assert documented is not None
+    directives = "".join(f"{each}; " for each in re.findall(r"`([^`]*)`", documented[1]) if "http_version" not in each)
+
+    async def ask(url: str) -> bytes:
+        async with asyncio.timeout(DEADLINE), WorkerClient(url, "secret") as client:
+            request = GenerationRequest("r", [1, 2], SamplingParams(max_tokens=4))
+            return bytes([token async for output in client.generate(request) for token in output.token_ids])
+
+    routers = [worker_routes("w", "secret")]
+    with serving(lifecycle, routers=routers) as worker, nginx_before(worker, tmp_path, directives) as url:
+        assert asyncio.run(ask(url)) == b"Hell"
+    assert len(engine.submitted) == 1

@@ -227,20 +227,9 @@ class ChannelResponse(Response):
 
     def _post(self, number: int, outcome: TokenOutput | wire.Failure) -> None:
         """Have an outcome sent. One that cannot be sent ends its request instead."""
-        most = self._channels.output_bytes
         try:
-            data = wire.encode_outcome(outcome)
-            error: EmberError | None = None
-        except Exception:  # noqa: BLE001 - of this request alone: the channel's others go on
-            _log.exception("an output cannot be sent")
-            error = GenerationFailedError("the worker failed")
-        else:
-            if len(data) > most:
-                error = RequestError(
-                    f"an output of the answer takes {len(data):,} bytes, of which at most {most:,} are sent; ask for "
-                    "fewer log-probabilities"
-                )
-        if error is not None:
+            data = self._encoded(outcome)
+        except EmberError as error:
             if (generation := self._generations.get(number)) is not None:
                 generation.close()
             outcome = failure_message(error)
@@ -248,6 +237,20 @@ class ChannelResponse(Response):
         is_last = isinstance(outcome, wire.Failure) or outcome.finish_reason is not None
         self._outcomes.append(_Encoded(number, data, is_last))
         self._has_news.set()
+
+    def _encoded(self, outcome: TokenOutput | wire.Failure) -> bytes:
+        """Raises RequestError for an outcome that is too large, GenerationFailedError where it cannot be written."""
+        try:
+            data = wire.encode_outcome(outcome)
+        except Exception as error:
+            _log.exception("an output cannot be sent")
+            raise GenerationFailedError("the worker failed") from error
+        if len(data) > (most := self._channels.output_bytes):
+            raise RequestError(
+                f"an output of the answer takes {len(data):,} bytes, of which at most {most:,} are sent; ask for fewer "
+                "log-probabilities"
+            )
+        return data
 
     async def _send_all(self, send: Send) -> None:
         """What has come since the last message, together, and a sign of life as often as gateways expect it."""
