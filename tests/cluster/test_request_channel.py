@@ -247,11 +247,21 @@ async def test_outputs_that_are_too_large_together_are_sent_apart_and_one_that_i
 async def test_an_output_that_cannot_be_written_ends_its_request_alone() -> None:
     worker = Worker()
     async with worker.channel("a", "b") as gateway:
-        worker.engine.listeners["a"](TokenOutput("a", error="\udcff"))
+        worker.engine.listeners["a"](TokenOutput("a", error="\udcff", finish_reason=FinishReason.ERROR))
         worker.engine.say("b", 5)
         await until(lambda: len(gateway.outputs) == 2)
         assert gateway.outputs == [(0, "GenerationFailedError"), (1, (5,))]
-        assert worker.engine.aborted == ["a"]
+        await until(lambda: worker.requests == {"aborted": 1, "emberkv_channels": 1})
+
+
+@on_a_loop
+async def test_what_the_engine_refuses_later_counts_as_refused() -> None:
+    worker = Worker()
+    async with worker.channel("a") as gateway:
+        refused = TokenOutput("a", finish_reason=FinishReason.ERROR, refusal=RequestError("no"))
+        worker.engine.listeners["a"](refused)
+        await until(lambda: worker.requests == {"refused": 1, "emberkv_channels": 1})
+        assert gateway.outputs == [(0, "RequestError")]
 
 
 @on_a_loop

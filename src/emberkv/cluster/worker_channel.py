@@ -86,7 +86,7 @@ class RequestChannels(Collector):
     def forget(self, generation: "Generation") -> None:
         """Its last message has been sent, or its gateway does not want it any more."""
         generation.close()
-        self._outcomes["finished" if generation.is_finished else "aborted"] += 1
+        self._outcomes[generation.outcome] += 1
         self._running.discard(generation)
         self.lifecycle.untrack(generation)
 
@@ -104,7 +104,7 @@ class Generation:
     """One request at the engine. It aborts what is unfinished when it is closed.
 
     Raises what ``engine.submit`` raises. has_output: whether an output has come. has_ended: whether nothing more comes.
-    is_finished: whether the last output has come.
+    outcome: what it counts as among the metrics.
     """
 
     def __init__(self, engine: Engine, request: GenerationRequest, outputs: OutputQueue, post: Post) -> None:
@@ -113,14 +113,16 @@ class Generation:
         self._post = post
         self.has_output = False
         self.has_ended = False
-        self.is_finished = False
+        self.outcome = "aborted"
         engine.submit(request, partial(outputs.post, self._deliver))
 
     def _deliver(self, output: TokenOutput) -> None:
         self.has_output = True
         if self.has_ended:
             return
-        self.is_finished = self.has_ended = output.finish_reason is not None
+        if output.finish_reason is not None:
+            self.has_ended = True
+            self.outcome = "finished" if output.refusal is None else "refused"
         self._post(output if output.refusal is None else failure_message(output.refusal))
 
     def interrupt(self, error: EmberError) -> None:
@@ -133,6 +135,11 @@ class Generation:
         """How far the prompt is computed, until the first output."""
         progress = None if self.has_output else self._engine.progress(self._request_id)
         return None if progress is None else wire.Progress(progress.computed_tokens, progress.prompt_tokens)
+
+    def fail(self) -> None:
+        """An output cannot be sent."""
+        self.close()
+        self.outcome = "aborted"
 
     def close(self) -> None:
         if not self.has_ended:
@@ -231,7 +238,7 @@ class ChannelResponse(Response):
             data = self._encoded(outcome)
         except EmberError as error:
             if (generation := self._generations.get(number)) is not None:
-                generation.close()
+                generation.fail()
             outcome = failure_message(error)
             data = wire.encode_outcome(outcome)
         is_last = isinstance(outcome, wire.Failure) or outcome.finish_reason is not None
